@@ -1,0 +1,146 @@
+"""Scaled dot-product attention (Vaswani et al. 2017, §3.2): softmax(q·kᵀ/√K + bias) v, and the sublayer around it.
+
+`attend` is the one attention of Lathe. It hands the work to PyTorch's fused kernel. `attend_reference`
+is the same sum written out; it serves when the weights themselves are asked for, and the tests hold the
+two together over masks, bias, rotary positions, grouped heads, cross-attention and the cache.
+
+Shape suffixes: B batch, T query positions, S key positions, H heads, G key-value heads, K d_head, D d_model.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lathe.architecture import Attention, Stack
+from lathe.model.cache import LayerCache
+from lathe.model.mask import Mask
+from lathe.model.positions import Rotation, rotate
+
+
+def attend(
+    q_BHTK: Tensor,
+    k_BGSK: Tensor,
+    v_BGSK: Tensor,
+    mask: Mask,
+    *,
+    bias_BHTS: Tensor | None = None,
+    scale: float,
+    dropout: float = 0.0,
+) -> Tensor:
+    """What each query gathers from the values, B × H × T × K.
+
+    Args:
+        mask: which keys a query may see. A query that may see none gets a finite, meaningless answer.
+        bias_BHTS: added to the scores, broadcast over B (relative positions).
+        scale: what the scores are multiplied with.
+        dropout: the probability with which an attention weight is dropped.
+    """
+    allowed = mask.allowed
+    if bias_BHTS is not None:
+        allowed = mask.dense(q_BHTK.shape[2], k_BGSK.shape[2], q_BHTK.device)
+        allowed = bias_BHTS if allowed is None else _where(allowed, bias_BHTS)
+    return F.scaled_dot_product_attention(
+        q_BHTK,
+        k_BGSK,
+        v_BGSK,
+        attn_mask=allowed,
+        dropout_p=dropout,
+        is_causal=mask.causal and allowed is None,
+        scale=scale,
+        enable_gqa=q_BHTK.shape[1] != k_BGSK.shape[1],
+    )
+
+
+def attend_reference(
+    q_BHTK: Tensor,
+    k_BGSK: Tensor,
+    v_BGSK: Tensor,
+    mask: Mask,
+    *,
+    bias_BHTS: Tensor | None = None,
+    scale: float,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """`attend` step by step; also returns the attention weights, B × H × T × S, before dropout."""
+    groups = q_BHTK.shape[1] // k_BGSK.shape[1]
+    k_BHSK, v_BHSK = k_BGSK.repeat_interleave(groups, dim=1), v_BGSK.repeat_interleave(groups, dim=1)
+    scores_BHTS = q_BHTK @ k_BHSK.transpose(-1, -2) * scale
+    if bias_BHTS is not None:
+        scores_BHTS = scores_BHTS + bias_BHTS
+    allowed = mask.dense(q_BHTK.shape[2], k_BGSK.shape[2], q_BHTK.device)
+    if allowed is not None:
+        scores_BHTS = _where(allowed, scores_BHTS)
+    weights_BHTS = scores_BHTS.float().softmax(dim=-1).to(q_BHTK.dtype)
+    return F.dropout(weights_BHTS, dropout) @ v_BHSK, weights_BHTS
+
+
+def _where(allowed: Tensor, scores: Tensor) -> Tensor:
+    # The lowest finite number, not -inf: a row with no visible key must not turn into NaN.
+    return torch.where(allowed, scores, torch.finfo(scores.dtype).min)
+
+
+class AttentionLayer(nn.Module):
+    """q, k, v, o and the norm that stands before or after them.
+
+    With `cross`, keys and values come from the encoder's output (`memory`) instead of the stream.
+    """
+
+    def __init__(self, d_model: int, stack: Stack, norm: nn.Module, dropout: float) -> None:
+        super().__init__()
+        self.spec: Attention = stack.attention
+        a = self.spec
+        self.norm = norm
+        self.q = nn.Linear(d_model, a.d_q, bias=a.bias)
+        self.k = nn.Linear(d_model, a.d_kv, bias=a.bias)
+        self.v = nn.Linear(d_model, a.d_kv, bias=a.bias)
+        self.o = nn.Linear(a.d_q, d_model, bias=a.output_bias)
+        self.scale = a.d_head**-0.5 if a.scaled else 1.0
+        self.dropout = dropout
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        mask: Mask,
+        *,
+        memory_BSD: Tensor | None = None,
+        bias_BHTS: Tensor | None = None,
+        rotation: Rotation | None = None,
+        cache: LayerCache | None = None,
+        weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What attention adds to the stream, B × T × D, and its weights B × H × T × S when asked for."""
+        q_BHTK = _split(self.q(x_BTD), self.spec.n_heads)
+        if rotation is not None:
+            q_BHTK = rotate(q_BHTK, rotation)
+        k_BGSK, v_BGSK = self._keys_values(x_BTD, memory_BSD, rotation, cache)
+        drop = self.dropout if self.training else 0.0
+        seen: Tensor | None = None
+        if weights:
+            out_BHTK, seen = attend_reference(
+                q_BHTK, k_BGSK, v_BGSK, mask, bias_BHTS=bias_BHTS, scale=self.scale, dropout=drop
+            )
+        else:
+            out_BHTK = attend(
+                q_BHTK, k_BGSK, v_BGSK, mask, bias_BHTS=bias_BHTS, scale=self.scale, dropout=drop
+            )
+        return self.o(out_BHTK.transpose(1, 2).flatten(2)), seen
+
+    def _keys_values(
+        self, x_BTD: Tensor, memory_BSD: Tensor | None, rotation: Rotation | None, cache: LayerCache | None
+    ) -> tuple[Tensor, Tensor]:
+        if cache is not None and cache.fixed:
+            return cache.read()
+        source = x_BTD if memory_BSD is None else memory_BSD
+        k_BGSK, v_BGSK = (
+            _split(self.k(source), self.spec.kv_heads),
+            _split(self.v(source), self.spec.kv_heads),
+        )
+        if rotation is not None:
+            k_BGSK = rotate(k_BGSK, rotation)
+        return (k_BGSK, v_BGSK) if cache is None else cache.write(k_BGSK, v_BGSK)
+
+
+def _split(x_BTI: Tensor, heads: int) -> Tensor:
+    return x_BTI.unflatten(-1, (heads, -1)).transpose(1, 2)

@@ -1,0 +1,136 @@
+"""A static key-value cache that holds a ragged batch.
+
+Generation would otherwise recompute every earlier token's keys and values at every step. The cache keeps
+them: B × G × slots × K per layer, allocated once. Each row fills its own slots from 0, without gaps, so
+rows of different lengths stand side by side and a pad is never stored: it goes to one spare slot at the
+end that no query reads. Only the filled part is read.
+
+Cross-attention's keys and values never change during generation; `fixed` layers compute them once from
+the encoder's output and serve them from then on.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lathe.architecture import Architecture
+from lathe.errors import RequestError
+
+
+class LayerCache:
+    """One layer's keys and values; `Cache` owns it and says where new tokens go."""
+
+    def __init__(
+        self, owner: Cache | None = None, k_BGSK: Tensor | None = None, v_BGSK: Tensor | None = None
+    ) -> None:
+        self.owner = owner
+        self.k, self.v = k_BGSK, v_BGSK
+
+    @property
+    def fixed(self) -> bool:
+        """Whether keys and values are final: a memory that has been read once."""
+        return self.owner is None and self.k is not None
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """All keys and values of a fixed layer."""
+        assert self.k is not None and self.v is not None
+        return self.k, self.v
+
+    def write(self, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new tokens' keys and values; return all that a query may need to read."""
+        if self.owner is None:
+            self.k, self.v = k_BGTK, v_BGTK
+            return k_BGTK, v_BGTK
+        k, v = self.read()
+        rows, slots = self.owner.rows_B1, self.owner.slots_BT
+        k[rows, :, slots] = k_BGTK.transpose(1, 2).to(k.dtype)
+        v[rows, :, slots] = v_BGTK.transpose(1, 2).to(v.dtype)
+        filled = self.owner.filled
+        return k[:, :, :filled], v[:, :, :filled]
+
+
+class Cache:
+    """The keys and values of a decoder.
+
+    Args:
+        architecture: whose decoder it serves.
+        batch: rows.
+        slots: the longest row, prompt and new tokens together.
+
+    Raises:
+        RequestError: where the architecture has no decoder.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        batch: int,
+        slots: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        stack = architecture.decoder
+        if stack is None:
+            raise RequestError(
+                "a cache needs a decoder, and this architecture is an encoder alone; call it without one"
+            )
+        self.capacity = slots
+        self.lengths_B = torch.zeros(batch, dtype=torch.long, device=device)
+        self.rows_B1 = torch.arange(batch, device=device)[:, None]
+        self.slots_BT = torch.zeros(batch, 0, dtype=torch.long, device=device)
+        self._added = torch.zeros_like(self.lengths_B)
+        self.filled = 0
+        shape = (batch, stack.attention.kv_heads, slots + 1, stack.attention.d_head)
+        self.layers = [
+            LayerCache(
+                self,
+                torch.zeros(shape, dtype=dtype, device=device),
+                torch.zeros(shape, dtype=dtype, device=device),
+            )
+            for _ in range(stack.n_layers)
+        ]
+        self.memory = [LayerCache() for _ in range(stack.n_layers)] if stack.cross_attention else []
+
+    def place(self, new_BT: Tensor | None, n_new: int) -> Tensor:
+        """Give each new token its slot, B × T; a pad gets the spare one.
+
+        Args:
+            new_BT: 1 for a token, 0 for a pad; None where all are tokens.
+            n_new: T.
+        """
+        if self.filled + n_new > self.capacity:
+            raise RequestError(
+                f"{self.filled + n_new} tokens for a cache of {self.capacity}: "
+                "expected at most its slots; make it larger or generate less"
+            )
+        if new_BT is None:
+            self.slots_BT = self.lengths_B[:, None] + torch.arange(n_new, device=self.lengths_B.device)
+            self._added = torch.full_like(self.lengths_B, n_new)
+        else:
+            new_BT = new_BT.long()
+            slots = self.lengths_B[:, None] + new_BT.cumsum(1) - 1
+            self.slots_BT = torch.where(new_BT.bool(), slots, self.capacity)
+            self._added = new_BT.sum(1)
+        # An upper bound kept on the host, so that a GPU is never waited for.
+        self.filled += n_new
+        return self.slots_BT
+
+    def advance(self) -> None:
+        """Count the tokens just placed as part of each row."""
+        self.lengths_B = self.lengths_B + self._added
+
+    def reorder(self, rows_B: Tensor) -> None:
+        """Make row i a copy of the old row `rows_B[i]` (beam search)."""
+        self.lengths_B = self.lengths_B[rows_B]
+        self.rows_B1 = torch.arange(len(rows_B), device=rows_B.device)[:, None]
+        for layer in [*self.layers, *self.memory]:
+            if layer.k is not None and layer.v is not None:
+                layer.k, layer.v = layer.k[rows_B], layer.v[rows_B]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that the cache holds."""
+        tensors = [t for layer in [*self.layers, *self.memory] for t in (layer.k, layer.v) if t is not None]
+        return sum(t.numel() * t.element_size() for t in tensors)
