@@ -78,9 +78,7 @@ class Positions(Spec):
     """
 
     kind: str = choice(*POSITIONS, default="none")
-    max_positions: int | None = size(
-        2**30, default=None
-    )  # rows of a table; the context a rotary model is meant for
+    max_positions: int | None = size(2**30, default=None)  # rows of a table; the context a rotary model is meant for
     offset: int = size(64, least=0, default=0)  # table rows that stand before position 0 (BART has 2)
     theta: float = 10000.0  # rotary base
     scaling: RotaryScaling | None = None
@@ -183,7 +181,8 @@ class Sharing(Spec):
             key, _, number = part.partition(":")
             if key not in numbers or not number.isdigit() or int(number) < 1:
                 raise RequestError(
-                    f"sharing={text!r}: expected none, all, attention, feed_forward, groups:G, cycle:K or groups:G,cycle:K"
+                    f"sharing={text!r}: expected none, all, attention, feed_forward, "
+                    "groups:G, cycle:K or groups:G,cycle:K"
                 )
             numbers[key] = int(number)
         return cls(attention=attention, feed_forward=feed_forward, **numbers)
@@ -191,13 +190,7 @@ class Sharing(Spec):
     def __str__(self) -> str:
         if not (self.attention or self.feed_forward):
             return "none"
-        half = (
-            "all"
-            if self.attention and self.feed_forward
-            else "attention"
-            if self.attention
-            else "feed_forward"
-        )
+        half = "all" if self.attention and self.feed_forward else "attention" if self.attention else "feed_forward"
         counts = [f"{name}:{n}" for name, n in (("groups", self.groups), ("cycle", self.cycle)) if n > 1]
         if not counts:
             return half
@@ -236,13 +229,9 @@ class Stack(Spec):
     def check(self) -> None:
         self.sharing.check_depth(self.n_layers)
         if self.positions.kind == "rotary" and self.attention.d_head % 2:
-            raise RequestError(
-                f"d_head={self.attention.d_head}: rotary positions turn pairs, so it must be even"
-            )
+            raise RequestError(f"d_head={self.attention.d_head}: rotary positions turn pairs, so it must be even")
         if self.attention.window is not None and not self.causal:
-            raise RequestError(
-                f"window={self.attention.window}: only a causal stack has a window; leave it out"
-            )
+            raise RequestError(f"window={self.attention.window}: only a causal stack has a window; leave it out")
 
     def attention_index(self, layer: int) -> int:
         """Which attention weights `layer` uses."""
@@ -279,9 +268,7 @@ class LanguageHead(Spec):
     """Hidden states to token logits."""
 
     tied: bool = True  # the output table is the embedding table
-    transform: str | None = choice(
-        *ACTIVATIONS, default=None
-    )  # dense, this activation and a norm first (BERT)
+    transform: str | None = choice(*ACTIVATIONS, default=None)  # dense, this activation and a norm first (BERT)
     bias: bool = False
     scaled: bool = False  # multiply hidden states by d_model^-1/2 first (tied T5)
     offset: bool = False  # a stored constant that is added to the logits and not trained (BART)
@@ -420,9 +407,7 @@ class Architecture(Spec):
                 "decoder.cross_attention=false: the encoder would go unread; set it to true or drop the encoder"
             )
         if self.encoder is not None and self.encoder.cross_attention:
-            raise RequestError(
-                "encoder.cross_attention=true: an encoder has nothing to attend to; set it to false"
-            )
+            raise RequestError("encoder.cross_attention=true: an encoder has nothing to attend to; set it to false")
         vocab = self.embedding.vocab_size
         ids = {"pad": self.tokens.pad, "bos": self.tokens.bos, "decoder_start": self.tokens.decoder_start}
         ids |= {"mask": self.tokens.mask, **{f"eos[{i}]": token for i, token in enumerate(self.tokens.eos)}}
@@ -458,7 +443,7 @@ class Architecture(Spec):
         return Architecture.from_dict(tree)
 
     def paths(self, name: str) -> list[str]:
-        """The fields that `name` sets: itself if it is a path, or every existing field that the short name stands for."""
+        """The fields that `name` sets: itself if it is a path, else every existing field it is short for."""
         if name in ALIASES:
             found = [path for path in ALIASES[name] if self._has(path)]
             if not found:
@@ -471,13 +456,9 @@ class Architecture(Spec):
                 owner = self.paths(parent) and self._at(parent)
             known = owner.field_names() if isinstance(owner, Spec) else []
             if owner is None and parent:
-                raise RequestError(
-                    f"{name}: this architecture has no {parent}; set {parent} as a whole first"
-                )
+                raise RequestError(f"{name}: this architecture has no {parent}; set {parent} as a whole first")
             raise RequestError(
-                unknown("field", name, [*known, *(() if parent else ALIASES)])
-                if leaf
-                else f"unknown field {name!r}"
+                unknown("field", name, [*known, *(() if parent else ALIASES)]) if leaf else f"unknown field {name!r}"
             )
         return [name]
 

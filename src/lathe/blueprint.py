@@ -159,9 +159,7 @@ class _Draft:
             yield Parameter(f"{name}.input.positions.weight", (axis, self.embed), "table", "positions")
         if self.a.embedding.token_types and name == next(self.a.stacks)[0]:
             axis = Axis("token_types", self.a.embedding.token_types, "token_types")
-            yield Parameter(
-                f"{name}.input.token_types.weight", (axis, self.embed), "table", "token_embedding"
-            )
+            yield Parameter(f"{name}.input.token_types.weight", (axis, self.embed), "table", "token_embedding")
         if stack.input_norm:
             yield from self._norm(f"{name}.input.norm", stack.norm, self.embed)
 
@@ -191,9 +189,7 @@ class _Draft:
         inner = Axis("ffn", f.d_ff, f"{prefix}.ffn")
         norm = f"{prefix}.norm" if stack.norm_position == "pre" else None
         for part in ("gate", "up") if f.gated else ("up",):
-            yield from _linear(
-                f"{prefix}.{part}", inner, self.residual, "reader", "feed_forward", f.bias, norm
-            )
+            yield from _linear(f"{prefix}.{part}", inner, self.residual, "reader", "feed_forward", f.bias, norm)
         yield from _linear(f"{prefix}.down", self.residual, inner, "writer", "feed_forward", f.bias)
         yield from self._norm(f"{prefix}.norm", stack.norm, self.residual)
 
@@ -225,9 +221,7 @@ class _Draft:
             source = "head.language.norm"
         elif factorised:
             inner = self.embed
-            yield from _linear(
-                "head.language.projection", inner, self.residual, "reader", "head", False, last
-            )
+            yield from _linear("head.language.projection", inner, self.residual, "reader", "head", False, last)
             source = None
         tied = "embedding.tokens.weight" if head.tied else None
         # A tied table is read along the axis that it writes, whatever the hidden state's axis is called.

@@ -70,13 +70,8 @@ class Spec:
                 raise RequestError(unknown("field", f"{path}.{key}" if path else str(key), fields))
         missing = [name for name, (field, _) in fields.items() if _is_required(field) and name not in values]
         if missing:
-            raise RequestError(
-                f"{path or cls.__name__}: the field {missing[0]!r} is missing; give it a value"
-            )
-        built = {
-            key: _build(value, fields[key][1], f"{path}.{key}" if path else key)
-            for key, value in values.items()
-        }
+            raise RequestError(f"{path or cls.__name__}: the field {missing[0]!r} is missing; give it a value")
+        built = {key: _build(value, fields[key][1], f"{path}.{key}" if path else key) for key, value in values.items()}
         try:
             return cls(**built)
         except RequestError as error:

@@ -122,9 +122,7 @@ class AttentionLayer(nn.Module):
                 q_BHTK, k_BGSK, v_BGSK, mask, bias_BHTS=bias_BHTS, scale=self.scale, dropout=drop
             )
         else:
-            out_BHTK = attend(
-                q_BHTK, k_BGSK, v_BGSK, mask, bias_BHTS=bias_BHTS, scale=self.scale, dropout=drop
-            )
+            out_BHTK = attend(q_BHTK, k_BGSK, v_BGSK, mask, bias_BHTS=bias_BHTS, scale=self.scale, dropout=drop)
         return self.o(out_BHTK.transpose(1, 2).flatten(2)), seen
 
     def _keys_values(

@@ -21,9 +21,7 @@ from lathe.errors import RequestError
 class LayerCache:
     """One layer's keys and values; `Cache` owns it and says where new tokens go."""
 
-    def __init__(
-        self, owner: Cache | None = None, k_BGSK: Tensor | None = None, v_BGSK: Tensor | None = None
-    ) -> None:
+    def __init__(self, owner: Cache | None = None, k_BGSK: Tensor | None = None, v_BGSK: Tensor | None = None) -> None:
         self.owner = owner
         self.k, self.v = k_BGSK, v_BGSK
 
@@ -34,7 +32,8 @@ class LayerCache:
 
     def read(self) -> tuple[Tensor, Tensor]:
         """All keys and values of a fixed layer."""
-        assert self.k is not None and self.v is not None
+        assert self.k is not None
+        assert self.v is not None
         return self.k, self.v
 
     def write(self, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:

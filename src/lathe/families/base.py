@@ -1,0 +1,127 @@
+"""What a family declares: how its config and its tensor names correspond to Lathe's.
+
+A family is data, not code that runs a model. It says
+- which Hugging Face classes it has and which head each one puts on (`heads`);
+- how a `config.json` becomes an `Architecture` and back (`read`, `write`);
+- which tensor on disk holds which parameters (`entries`), one `Entry` each: the same tensor under another
+  name, transposed (GPT-2's Conv1D), or several parameters fused into one (GPT-2's c_attn).
+
+`lathe.families.adapter` does the rest, in both directions, for every family. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lathe.architecture import Architecture
+from lathe.errors import RequestError
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor on disk and the parameters that it holds.
+
+    Args:
+        theirs: its name in Hugging Face's file.
+        ours: the parameters it holds, concatenated along their first axis; usually one.
+        transposed: whether it is stored `in × out`.
+        row: whether a vector is stored as a 1 × n matrix.
+        copies: other names under which the same tensor may be stored as well. They are read and compared
+            (a differing copy of a tied table means that the model is not tied) and are not written.
+    """
+
+    theirs: str
+    ours: tuple[str, ...]
+    transposed: bool = False
+    row: bool = False
+    copies: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Objection:
+    """Why a family cannot hold an architecture, and what would make it fit.
+
+    Args:
+        reason: one clause, such as "n_heads · d_head is 768 and d_model is 512".
+        changes: fields for `Architecture.with_` that remove the objection; empty where none would.
+    """
+
+    reason: str
+    changes: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One Hugging Face model type.
+
+    Args:
+        name: its `model_type`.
+        read: `(config, class name) -> Architecture`; raises `RequestError` for a setting that Lathe's
+            transformer does not have, naming it.
+        write: `architecture -> config` with every key that the stock class needs, `model_type` and
+            `architectures` among them. Called only where `objections` is empty.
+        entries: every tensor of `architecture`'s file. The parameters they hold are exactly the blueprint's.
+        objections: why the family cannot hold an architecture; nothing where it can.
+        classes: the class names that can stand in `architectures`, the one read when a config names none first.
+        ignored: `fnmatch` patterns of stored tensors that hold nothing trained (buffers, old copies).
+        renamed: regular expressions and replacements for names of older files, applied before `entries`.
+    """
+
+    name: str
+    read: Callable[[Config, str], Architecture]
+    write: Callable[[Architecture], dict[str, Any]]
+    entries: Callable[[Architecture], Iterable[Entry]]
+    objections: Callable[[Architecture], list[Objection]]
+    classes: tuple[str, ...]
+    ignored: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
+
+
+# Hugging Face's names of activation functions and ours. Names that compute the same are written as the first.
+ACTIVATIONS: dict[str, str] = {
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python": "gelu",
+    "quick_gelu": "quick_gelu",
+    "silu": "silu",
+    "swish": "silu",
+    "tanh": "tanh",
+}
+
+
+def activation_from(name: str, key: str) -> str:
+    """Lathe's name of a Hugging Face activation; `key` is the config key that held it."""
+    if name not in ACTIVATIONS:
+        raise RequestError(f"{key}={name!r} in the config: expected one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def activation_to(name: str) -> str:
+    """Hugging Face's name of one of Lathe's activations."""
+    return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == name)
+
+
+def required(config: Config, key: str) -> Any:
+    """`config[key]`, or the line that says the config lacks it."""
+    if config.get(key) is None:
+        raise RequestError(f"the config has no {key!r}; a {config.get('model_type', 'model')} needs it")
+    return config[key]
+
+
+def first_of(value: Any) -> int | None:
+    """The first id of a config's `eos_token_id`, which may be a number, a list or missing."""
+    ids = ids_of(value)
+    return ids[0] if ids else None
+
+
+def ids_of(value: Any) -> tuple[int, ...]:
+    """A config's `eos_token_id` as a tuple: it may be a number, a list or missing."""
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
