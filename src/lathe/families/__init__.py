@@ -80,5 +80,7 @@ def write_config(architecture: Architecture) -> dict[str, Any]:
     """
     reasons = [each.reason for each in objections(architecture)]
     if architecture.family is None or reasons:
-        raise RequestError(f"{architecture.family or 'no family'} cannot hold this: {'; '.join(reasons) or 'no family is named'}")
+        raise RequestError(
+            f"{architecture.family or 'no family'} cannot hold this: {'; '.join(reasons) or 'no family is named'}"
+        )
     return family(architecture.family).write(architecture)

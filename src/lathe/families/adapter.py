@@ -45,6 +45,7 @@ class Reader:
     """A family's file, read as Lathe's parameters.
 
     `architecture` is the one asked for, or its untied form where the file stores a head of its own.
+    `left_out` lists stored tensors of other heads, which the config's class does not have.
 
     Raises:
         RequestError: a tensor too many, too few, or of another shape than the config says.
@@ -52,7 +53,9 @@ class Reader:
 
     def __init__(self, family: Family, architecture: Architecture, source: Source) -> None:
         self._source = source
+        self._prefix = family.prefix
         self._stored = {_current_name(name, family): name for name in source.names()}
+        self.left_out: list[str] = []
         self.architecture = self._untie_if_stored_apart(family, architecture)
         self._shapes = {p.name: p for p in stored(self.architecture)}
         self._entries = {ours: entry for entry in family.entries(self.architecture) for ours in entry.ours}
@@ -65,15 +68,21 @@ class Reader:
     def tensor(self, name: str) -> Tensor:
         """One of Lathe's parameters, read from the file."""
         entry = self._entries[name]
-        whole = self._source.tensor(self._stored[self._present(entry)])
+        whole = self._source.tensor(self._present(entry))
         whole = whole.reshape(-1) if entry.row else whole.t() if entry.transposed else whole
         sizes = [self._shapes[ours].shape[0] for ours in entry.ours]
         return whole.split(sizes)[entry.ours.index(name)].contiguous()
 
+    def _find(self, name: str) -> str | None:
+        """The stored name of a tensor, with or without the family's prefix."""
+        bare = name.removeprefix(self._prefix)
+        return next((self._stored[n] for n in (name, bare, self._prefix + bare) if n in self._stored), None)
+
     def _present(self, entry: Entry) -> str:
         for name in (entry.theirs, *entry.copies):
-            if name in self._stored:
-                return name
+            found = self._find(name)
+            if found is not None:
+                return found
         raise RequestError(f"the tensor {entry.theirs!r} is missing from the file; expected the config's whole model")
 
     def _untie_if_stored_apart(self, family: Family, architecture: Architecture) -> Architecture:
@@ -83,12 +92,11 @@ class Reader:
         untied = architecture.with_(tied=False)
         head = next(e.theirs for e in family.entries(untied) if "head.language.output.weight" in e.ours)
         table = next(e for e in family.entries(architecture) if "embedding.tokens.weight" in e.ours)
-        if head not in self._stored or not any(n in self._stored for n in (table.theirs, *table.copies)):
+        own = self._find(head)
+        shared = next((found for name in (table.theirs, *table.copies) if (found := self._find(name))), None)
+        if own is None or shared is None or own == shared or self._source.shape(own) != self._source.shape(shared):
             return architecture
-        names = self._stored[head], self._stored[self._present(table)]
-        if names[0] == names[1] or self._source.shape(names[0]) != self._source.shape(names[1]):
-            return architecture
-        same = bool((self._source.tensor(names[0]) == self._source.tensor(names[1])).all())
+        same = bool((self._source.tensor(own) == self._source.tensor(shared)).all())
         return architecture if same else untied
 
     def _check(self, family: Family) -> None:
@@ -96,20 +104,24 @@ class Reader:
         missing = self._shapes.keys() - self._entries.keys()
         assert not missing, f"{family.name} declares no tensor for {sorted(missing)}"
         for entry in entries:
-            found = self._source.shape(self._stored[self._present(entry)])
+            found = self._source.shape(self._present(entry))
             expected = _disk_shape(entry, [self._shapes[ours] for ours in entry.ours])
             if found != expected:
                 raise RequestError(
                     f"the tensor {self._present(entry)!r} is {_x(found)} and the config says {_x(expected)}; "
                     "the two belong to different models"
                 )
-        known = {name for entry in entries for name in (entry.theirs, *entry.copies)} | _tied_names(family, self.architecture)
-        for name in self._stored:
-            if name not in known and not any(fnmatch.fnmatch(name, pattern) for pattern in family.ignored):
+        names = {name for entry in entries for name in (entry.theirs, *entry.copies)}
+        known = {self._find(name) for name in names | _tied_names(family, self.architecture)}
+        for name, on_disk in self._stored.items():
+            if on_disk in known or _matches(name, family.ignored):
+                continue
+            if not _matches(name, family.other_heads):
                 raise RequestError(
-                    f"the tensor {name!r} belongs to no parameter of this {family.name}; "
-                    "expected only the config's model (is it another head's or another depth's?)"
+                    f"the tensor {on_disk!r} belongs to no parameter of this {family.name}; "
+                    "expected only the config's model (is it of another depth?)"
                 )
+            self.left_out.append(on_disk)
 
 
 def to_disk(family: Family, architecture: Architecture) -> Iterator[tuple[str, tuple[int, ...], Entry]]:
@@ -126,6 +138,10 @@ def fuse(entry: Entry, parts: list[Tensor]) -> Tensor:
     whole = parts[0] if len(parts) == 1 else torch.cat(parts)
     whole = whole[None] if entry.row else whole.t() if entry.transposed else whole
     return whole.contiguous()
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 def _current_name(name: str, family: Family) -> str:

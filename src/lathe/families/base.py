@@ -67,6 +67,10 @@ class Family:
         entries: every tensor of `architecture`'s file. The parameters they hold are exactly the blueprint's.
         objections: why the family cannot hold an architecture; nothing where it can.
         classes: the class names that can stand in `architectures`, the one read when a config names none first.
+        prefix: what stock classes with a head put before the body's tensors ("bert."). Files with and without it
+            are read, whatever the class; the one that the class itself uses is written.
+        other_heads: `fnmatch` patterns of tensors that belong to another head of the family. A file may hold them
+            beside the head its config names (bert-base-uncased does); they are left out and the reader lists them.
         ignored: `fnmatch` patterns of stored tensors that hold nothing trained (buffers, old copies).
         renamed: regular expressions and replacements for names of older files, applied before `entries`.
     """
@@ -77,6 +81,8 @@ class Family:
     entries: Callable[[Architecture], Iterable[Entry]]
     objections: Callable[[Architecture], list[Objection]]
     classes: tuple[str, ...]
+    prefix: str = ""
+    other_heads: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
 
