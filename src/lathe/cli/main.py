@@ -136,12 +136,20 @@ def _describe(error: Exception) -> tuple[str, int]:
         return str(error), error.exit_code
     if isinstance(error, _UsageError):
         path = error.ctx.command_path if error.ctx else "lathe"
-        return f"{error.format_message().rstrip('.')}; see {path} --help", error.exit_code
+        return f"{error.format_message().rstrip('.')}{_given(error)}; see {path} --help", error.exit_code
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}", EXIT_FAILED
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return f"internal error: {what}; run with --debug to see the traceback", EXIT_FAILED
+
+
+def _given(error: Exception) -> str:
+    """Name the value that was refused, where typer's own message leaves it out."""
+    from pydantic import ValidationError
+
+    cause = error.__cause__
+    return f" (given {cause.errors()[0]['input']!r})" if isinstance(cause, ValidationError) else ""
 
 
 def _one_line(message: str) -> str:
