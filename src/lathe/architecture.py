@@ -15,9 +15,9 @@ width when it is factorised, `d_head` one head's, `d_ff` the feed-forward's inne
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from lathe.errors import RequestError
@@ -27,10 +27,8 @@ ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "quick_gelu", "silu", "tanh")
 POSITIONS = ("none", "learned", "sinusoidal", "rotary", "relative")
 STACKS = ("encoder", "decoder")
 
-spec = dataclasses.dataclass(frozen=True, kw_only=True)
 
-
-@spec
+@dataclass(frozen=True, kw_only=True)
 class Norm(Spec):
     """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019), which drops the mean and the bias."""
 
@@ -45,7 +43,7 @@ class Norm(Spec):
             object.__setattr__(self, "bias", False)
 
 
-@spec
+@dataclass(frozen=True, kw_only=True)
 class RotaryScaling(Spec):
     """How rotary frequencies are stretched for contexts longer than the ones trained on.
 
@@ -68,7 +66,7 @@ class RotaryScaling(Spec):
             )
 
 
-@spec
+@dataclass(frozen=True, kw_only=True)
 class Positions(Spec):
     """How a stack knows the order of its tokens.
 
@@ -99,7 +97,7 @@ class Positions(Spec):
         return self.max_positions if self.kind in ("learned", "sinusoidal") else None
 
 
-@spec
+@dataclass(frozen=True, kw_only=True)
 class Attention(Spec):
     """Multi-head attention (Vaswani et al. 2017, §3.2) with grouped key-value heads (GQA, Ainslie et al. 2023).
 
@@ -137,7 +135,7 @@ class Attention(Spec):
         return self.kv_heads * self.d_head
 
 
-@spec
+@dataclass(frozen=True, kw_only=True)
 class FeedForward(Spec):
     """`down(act(up(x)))`, or gated `down(act(gate(x)) · up(x))` (Shazeer 2020)."""
 
@@ -147,7 +145,7 @@ class FeedForward(Spec):
     bias: bool = True
 
 
-@spec
+@dataclass(frozen=True, kw_only=True)
 class Sharing(Spec):
     """Which layers of a stack use the same weights (ALBERT §3.1), written as one word.
 
@@ -210,7 +208,7 @@ class Sharing(Spec):
         return (layer // per_group) * self.cycle + layer % self.cycle
 
 
-@spec
+@dataclass(frozen=True, kw_only=True)
 class Stack(Spec):
     """One block description, repeated `n_layers` times, and what stands before and after it."""
 
@@ -252,7 +250,7 @@ class Stack(Spec):
         return self.sharing.groups * self.sharing.cycle if self.sharing.feed_forward else self.n_layers
 
 
-@spec
+@dataclass(frozen=True, kw_only=True)
 class Embedding(Spec):
     """Tokens to vectors. With `d_embed` the table is V × d_embed and a matrix lifts it to d_model (ALBERT §3.1)."""
 
@@ -263,7 +261,7 @@ class Embedding(Spec):
     scaled: bool = False  # multiply token vectors by √width (BART's scale_embedding)
 
 
-@spec
+@dataclass(frozen=True, kw_only=True)
 class LanguageHead(Spec):
     """Hidden states to token logits."""
 
@@ -274,7 +272,7 @@ class LanguageHead(Spec):
     offset: bool = False  # a stored constant that is added to the logits and not trained (BART)
 
 
-@spec
+@dataclass(frozen=True, kw_only=True)
 class Pooler(Spec):
     """Which position stands for the sequence, and an optional dense layer with an activation on it."""
 
@@ -282,7 +280,7 @@ class Pooler(Spec):
     activation: str | None = choice(*ACTIVATIONS, default=None)  # None: no dense layer
 
 
-@spec
+@dataclass(frozen=True, kw_only=True)
 class Classifier(Spec):
     """A linear layer from the pooled state to labels."""
 
@@ -290,7 +288,7 @@ class Classifier(Spec):
     bias: bool = True
 
 
-@spec
+@dataclass(frozen=True, kw_only=True)
 class Head(Spec):
     """What is read off the last stack: token logits, a pooled state, labels; any of them or none."""
 
@@ -303,7 +301,7 @@ class Head(Spec):
             raise RequestError("head.classifier: a classifier reads a pooled state; add head.pooler")
 
 
-@spec
+@dataclass(frozen=True, kw_only=True)
 class Tokens(Spec):
     """The token ids that the computation itself needs."""
 
@@ -314,7 +312,7 @@ class Tokens(Spec):
     mask: int | None = size(2**24, least=0, default=None)
 
 
-@spec
+@dataclass(frozen=True, kw_only=True)
 class Dropout(Spec):
     """Where training drops activations, and with which probability (Srivastava et al. 2014)."""
 
@@ -323,9 +321,10 @@ class Dropout(Spec):
     activation: float = share()  # inside the feed-forward
     embedding: float = share()  # on the embeddings
     classifier: float = share()  # on the pooled state
+    output: float = share()  # on the last hidden states (T5)
 
 
-@spec
+@dataclass(frozen=True, kw_only=True)
 class Initialisation(Spec):
     """How untrained weights are drawn.
 
@@ -369,7 +368,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 
 
-@spec
+@dataclass(frozen=True, kw_only=True)
 class Architecture(Spec):
     """Every size and every choice of one model.
 

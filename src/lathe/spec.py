@@ -96,7 +96,7 @@ def unknown(what: str, given: str, known: Iterable[str]) -> str:
 
 
 @functools.cache
-def _fields(cls: type[Spec]) -> dict[str, tuple[dataclasses.Field[Any], Any]]:
+def _fields(cls: Any) -> dict[str, tuple[dataclasses.Field[Any], Any]]:
     hints = typing.get_type_hints(cls)
     return {field.name: (field, hints[field.name]) for field in dataclasses.fields(cls)}
 

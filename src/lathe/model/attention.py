@@ -141,4 +141,5 @@ class AttentionLayer(nn.Module):
 
 
 def _split(x_BTI: Tensor, heads: int) -> Tensor:
-    return x_BTI.unflatten(-1, (heads, -1)).transpose(1, 2)
+    batch, length, _ = x_BTI.shape
+    return x_BTI.view(batch, length, heads, -1).transpose(1, 2)
