@@ -73,9 +73,7 @@ def atomic_directory(
 
 
 @contextmanager
-def atomic_file(
-    path: str | os.PathLike[str], *, replace: bool = False, nbytes: int | None = None
-) -> Iterator[Path]:
+def atomic_file(path: str | os.PathLike[str], *, replace: bool = False, nbytes: int | None = None) -> Iterator[Path]:
     """Yield the path of an empty temporary file that becomes `path` when the block ends without an exception.
 
     The temporary's name ends as `path` does, for writers that look at the suffix. Arguments and errors are
@@ -134,7 +132,7 @@ def _staged(target: Path, nbytes: int | None, *, directory: bool) -> Iterator[Pa
         for parent in reversed(made):
             with suppress(OSError):  # somebody else put something there: it stays
                 parent.rmdir()
-        full = _no_room(error)
+        full = _no_room(error) if isinstance(error, Exception) else None
         if full is not None:
             raise _full(target, os.strerror(full), nbytes) from error
         raise
@@ -154,9 +152,9 @@ def _refuse_directory(target: Path, replace: bool) -> None:
             f"{target} already exists and is not empty: choose another directory, or pass replace=True to "
             "replace all that it holds"
         )
-    for place, what in ((Path.cwd(), "the working directory"), (Path.home(), "the home directory")):
+    for place in (Path.cwd(), Path(os.environ.get("HOME", os.devnull))):
         if place.resolve().is_relative_to(target):
-            raise RequestError(f"{target} would be replaced, but {what} is in it: choose another directory")
+            raise RequestError(f"{target} would be replaced, but it holds {place}: choose another directory")
 
 
 def _refuse_file(target: Path, replace: bool) -> None:

@@ -103,7 +103,7 @@ ACTIVATIONS: dict[str, str] = {
 
 def activation_from(name: str, key: str) -> str:
     """Lathe's name of a Hugging Face activation; `key` is the config key that held it."""
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise RequestError(f"{key}={name!r} in the config: expected one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
@@ -131,3 +131,39 @@ def ids_of(value: Any) -> tuple[int, ...]:
     if value is None:
         return ()
     return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def whole(config: Config, key: str, default: int | None = None, *, least: int = 1) -> int:
+    """A whole number of the config, `default` where the key is missing or null.
+
+    Raises:
+        RequestError: another kind of value, a number below `least`, or a missing key that has no default.
+    """
+    value = config.get(key)
+    if value is None:
+        value = required(config, key) if default is None else default
+    if type(value) is not int or value < least:
+        raise RequestError(f"{key}={value!r} in the config: expected a whole number, {least} or more")
+    return value
+
+
+def expect(config: Config, key: str, *allowed: Any) -> None:
+    """Refuse a config whose `key` is there and is none of `allowed`: Lathe's transformer would compute otherwise."""
+    if key in config and config[key] not in allowed:
+        wanted = " or ".join(repr(value) for value in allowed)
+        raise RequestError(f"{key}={config[key]!r} in the config: only {wanted} is supported")
+
+
+def n_labels(config: Config) -> int:
+    """How many labels a config names: its `id2label`, else `num_labels`, else 2, as in `transformers`."""
+    names = config.get("id2label")
+    if isinstance(names, Mapping) and names:
+        return len(names)
+    return whole(config, "num_labels", 2)
+
+
+def token(config: Config, key: str, vocab_size: int, default: int | None = None) -> Any:
+    """A config's token id, or ids, as written. A missing key means the stock class's default, if the vocabulary has it."""
+    if key in config:
+        return config[key]
+    return default if default is not None and default < vocab_size else None
