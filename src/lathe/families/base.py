@@ -163,7 +163,7 @@ def n_labels(config: Config) -> int:
 
 
 def token(config: Config, key: str, vocab_size: int, default: int | None = None) -> Any:
-    """A config's token id, or ids, as written. A missing key means the stock class's default, if the vocabulary has it."""
+    """A config's token id, or ids, as written. A missing key is the stock default, if the vocabulary holds that."""
     if key in config:
         return config[key]
     return default if default is not None and default < vocab_size else None
