@@ -167,3 +167,62 @@ def token(config: Config, key: str, vocab_size: int, default: int | None = None)
     if key in config:
         return config[key]
     return default if default is not None and default < vocab_size else None
+
+
+# The fields of `Positions` that each kind reads; the others may hold anything.
+_POSITION_FIELDS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "learned": ("max_positions", "offset"),
+    "sinusoidal": ("max_positions",),
+    "rotary": ("max_positions", "theta", "scaling"),
+    "relative": ("n_buckets", "max_distance"),
+}
+
+
+def round_trip_objections(
+    architecture: Architecture,
+    read: Callable[[Config, str], Architecture],
+    write: Callable[[Architecture], dict[str, Any]],
+) -> list[Objection]:
+    """What a family's config cannot say: every field that is another after `write` and `read`.
+
+    Fields that change no computation (`family`, `initialisation`, sizes that the kind of positions does not
+    read) are left out. Call it where `write` can write the architecture at all.
+    """
+    config = write(architecture)
+    name = config["model_type"]
+    try:
+        back = read(config, config["architectures"][0])
+    except RequestError as error:
+        return [Objection(f"a {name} config cannot say it: {error}", {})]
+    return [
+        Objection(f"{path} is {_shown(ours)}, and a {name} has {_shown(theirs)}", {path: theirs})
+        for path, ours, theirs in _differences(_computing(architecture), _computing(back))
+    ]
+
+
+def _computing(architecture: Architecture) -> dict[str, Any]:
+    """The fields that change what is computed, as nested dictionaries."""
+    tree = architecture.to_dict()
+    del tree["family"], tree["initialisation"]
+    for name, stack in architecture.stacks:
+        positions = tree[name]["positions"]
+        tree[name]["positions"] = {key: positions[key] for key in ("kind", *_POSITION_FIELDS[stack.positions.kind])}
+        if stack.attention.kv_heads == stack.attention.n_heads:
+            tree[name]["attention"]["n_kv_heads"] = None
+    return tree
+
+
+def _differences(ours: dict[str, Any], theirs: dict[str, Any], path: str = "") -> Iterable[tuple[str, Any, Any]]:
+    for key in dict.fromkeys((*ours, *theirs)):
+        here, mine, other = f"{path}{key}", ours.get(key), theirs.get(key)
+        if isinstance(mine, dict) and isinstance(other, dict):
+            yield from _differences(mine, other, f"{here}.")
+        elif mine != other:
+            yield here, mine, other
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return "set"
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
