@@ -15,8 +15,8 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any, Self, cast
 
 from lathe.errors import RequestError
 
@@ -95,8 +95,12 @@ def unknown(what: str, given: str, known: Iterable[str]) -> str:
     return f"unknown {what} {given!r}: expected one of {', '.join(names)}{hint}"
 
 
+def _fields(cls: type[Spec]) -> dict[str, tuple[dataclasses.Field[Any], Any]]:
+    return _fields_of(cast("Hashable", cls))
+
+
 @functools.cache
-def _fields(cls: Any) -> dict[str, tuple[dataclasses.Field[Any], Any]]:
+def _fields_of(cls: Any) -> dict[str, tuple[dataclasses.Field[Any], Any]]:
     hints = typing.get_type_hints(cls)
     return {field.name: (field, hints[field.name]) for field in dataclasses.fields(cls)}
 

@@ -1,0 +1,55 @@
+"""Lathe cuts transformer language models to size: before, during and after training, Hugging Face in and out.
+
+Names are imported when they are first used, so that planning never waits for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lathe._version import __version__
+
+if TYPE_CHECKING:
+    from lathe.api import Model, load, resize
+    from lathe.architecture import Architecture
+    from lathe.errors import LatheError, RequestError
+    from lathe.planner import plan
+    from lathe.presets import preset
+    from lathe.text.tokenizer import Tokenizer
+
+# Public name -> the module that defines it.
+_HOMES = {
+    "Architecture": "lathe.architecture",
+    "LatheError": "lathe.errors",
+    "Model": "lathe.api",
+    "RequestError": "lathe.errors",
+    "Tokenizer": "lathe.text.tokenizer",
+    "load": "lathe.api",
+    "plan": "lathe.planner",
+    "preset": "lathe.presets",
+    "resize": "lathe.api",
+}
+
+__all__ = [
+    "Architecture",
+    "LatheError",
+    "Model",
+    "RequestError",
+    "Tokenizer",
+    "__version__",
+    "load",
+    "plan",
+    "preset",
+    "resize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lathe' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,244 @@
+"""What a user holds: a model that loads, saves, generates and turns into stock `transformers` and back.
+
+import lathe
+model = lathe.load("my-t5")
+smaller = lathe.resize(model, d_model=384, calibrate="corpus.txt")
+smaller.save("my-t5-384")
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+
+from lathe.architecture import Architecture
+from lathe.blueprint import stored
+from lathe.checkpoint.load import Checkpoint, open_checkpoint
+from lathe.checkpoint.save import DEFAULT_SHARD_BYTES, Saved, save_checkpoint
+from lathe.errors import RequestError
+from lathe.families import class_name, family, holder, read_config, write_config
+from lathe.families.adapter import Reader, fuse, to_disk
+from lathe.model.transformer import Transformer
+from lathe.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from lathe.planner import Plan
+
+log = logging.getLogger("lathe")
+
+
+class Model(Transformer):
+    """A transformer together with what travels with it: tokenizer, generation settings, the config it came with.
+
+    Args:
+        architecture: every size and choice.
+        tensors: the weights by the blueprint's names, used as they are; None draws new ones from `seed`.
+        tokenizer: text to ids and back; None where the model has none.
+        generation: settings that `generate` starts from (`generation_config.json`).
+        config: the Hugging Face config that the model came with.
+
+    >>> import lathe, torch
+    >>> small = lathe.preset("t5-small").with_(d_model=32, d_ff=64, n_layers=1, vocab_size=64)
+    >>> model = lathe.Model(small, seed=0)
+    >>> model(torch.tensor([[5, 6, 1]]), labels=torch.tensor([[7, 1]])).logits.shape
+    torch.Size([1, 2, 64])
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        tensors: Mapping[str, Tensor] | None = None,
+        *,
+        seed: int = 0,
+        tokenizer: Tokenizer | None = None,
+        generation: Mapping[str, Any] | None = None,
+        config: Mapping[str, Any] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        given = tensors is not None
+        super().__init__(architecture, seed=None if given else seed, device="meta" if given else None)
+        if tensors is not None:
+            self.load_state_dict(dict(tensors), assign=True)
+            self.requires_grad_(True)
+        self.tokenizer = tokenizer
+        self.generation = dict(generation or {})
+        self.config = dict(config or {})
+        if device is not None or dtype is not None:
+            self.to(device=device, dtype=dtype)
+        self.eval()
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Self:
+        """The model of an opened checkpoint."""
+        parameters = checkpoint.parameters
+        tensors = {name: parameters.tensor(name) for name in parameters.names()}
+        if parameters.left_out:
+            log.warning(
+                "left out %d tensors of heads that the config's class does not have: %s",
+                len(parameters.left_out),
+                ", ".join(parameters.left_out[:4]) + ("…" if len(parameters.left_out) > 4 else ""),
+            )
+        tokenizer = None
+        if checkpoint.directory is not None and Tokenizer.is_in(checkpoint.directory):
+            tokenizer = Tokenizer.load(checkpoint.directory)
+        return cls(
+            checkpoint.architecture,
+            tensors,
+            tokenizer=tokenizer,
+            generation=checkpoint.generation,
+            config=checkpoint.config,
+            device=device,
+            dtype=dtype,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every stored parameter by the blueprint's name, detached."""
+        return {name: tensor.detach() for name, tensor in self.state_dict().items()}
+
+    def save(self, path: str | Path, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES, replace: bool = False) -> Saved:
+        """Write the model, its tokenizer and its generation settings to a directory.
+
+        Stock `transformers` opens it where the architecture's family can hold it; otherwise it is Lathe's own
+        form, and a warning names the reasons.
+
+        Args:
+            path: must not exist, unless `replace`.
+            max_shard_bytes: the size past which the weights are split.
+
+        Raises:
+            RequestError: `path` exists.
+            LatheError: the disk is full; nothing is left behind.
+        """
+        saved = save_checkpoint(
+            path,
+            self.architecture,
+            self.tensors(),
+            tokenizer=self.tokenizer,
+            generation=self.generation,
+            config=self.config,
+            max_shard_bytes=max_shard_bytes,
+            replace=replace,
+        )
+        if not saved.stock:
+            why = "; ".join(saved.reasons) or "the architecture names no family"
+            log.warning("saved %s in Lathe's own form, which stock transformers cannot open: %s", path, why)
+        return saved
+
+    def generate(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **settings: Any
+    ) -> Tensor:
+        """Token ids after the prompt, laid out as `transformers` lays them out; see `lathe.generate.generate`.
+
+        >>> import lathe, torch
+        >>> tiny = lathe.preset("gpt2").with_(d_model=24, n_heads=2, d_head=12, d_ff=48, n_layers=1)
+        >>> lathe.Model(tiny, seed=0).generate(torch.tensor([[5, 6]]), max_new_tokens=3).shape
+        torch.Size([1, 5])
+        """
+        from lathe.generate import generate
+
+        return generate(self, input_ids, attention_mask, **{**self.generation, **settings})
+
+    def plan(self, **changes: Any) -> Plan:
+        """What this model costs, and what it would cost with other sizes; see `lathe.plan`."""
+        from lathe.planner import plan
+
+        return plan(self.architecture, **changes)
+
+    def to_transformers(self) -> Any:
+        """The same model as an object of stock `transformers`, with copies of the weights.
+
+        Raises:
+            RequestError: the architecture's family cannot hold it, or `transformers` is not installed.
+        """
+        try:
+            import transformers
+        except ImportError:
+            raise RequestError("to_transformers needs the package transformers; pip install transformers") from None
+        config = write_config(self.architecture)
+        source = holder(self.architecture)
+        assert source is not None
+        stock = {**{k: v for k, v in self.config.items() if k not in ("dtype", "torch_dtype")}, **config}
+        kind = getattr(transformers, config["architectures"][0])
+        tensors = self.tensors()
+        disk = {
+            name: fuse(entry, [tensors[ours] for ours in entry.ours]).clone()
+            for name, _, entry in to_disk(source, self.architecture)
+        }
+        made = kind.from_pretrained(None, config=kind.config_class(**stock), state_dict=disk, dtype=self.dtype)
+        return made.to(self.device).train(self.training)
+
+
+def load(
+    model: Any,
+    *,
+    revision: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Model:
+    """Load a model: a directory, a hub id, or a model object of `transformers`.
+
+    Args:
+        revision: a branch, tag or commit of the hub's repository.
+        device: where to put the weights; the CPU where left out.
+        dtype: what to convert the weights to; what the file holds where left out.
+
+    Raises:
+        RequestError: no such model, files missing or damaged, an unknown family, or tensors that do not fit the config.
+
+    Example:
+        >>> import lathe, tempfile
+        >>> tiny = lathe.preset("t5-small").with_(d_model=32, d_ff=64, n_layers=1, vocab_size=64)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = lathe.Model(tiny, seed=0).save(folder + "/tiny")
+        ...     lathe.load(folder + "/tiny").architecture.d_model
+        32
+    """
+    if isinstance(model, torch.nn.Module):
+        return _from_object(model, device, dtype)
+    return Model.from_checkpoint(open_checkpoint(model, revision), device=device, dtype=dtype)
+
+
+class _ObjectSource:
+    """A `transformers` model's weights as a source of tensors."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._tensors = model.state_dict()
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def tensor(self, name: str) -> Tensor:
+        return self._tensors[name].detach().clone()
+
+
+def _from_object(model: torch.nn.Module, device: torch.device | str | None, dtype: torch.dtype | None) -> Model:
+    config_object = getattr(model, "config", None)
+    if config_object is None or not hasattr(config_object, "to_dict"):
+        raise RequestError(
+            f"cannot load a {type(model).__name__}: expected a directory, a hub id or a transformers model"
+        )
+    config = {**config_object.to_dict(), "architectures": [type(model).__name__]}
+    architecture = read_config(config)
+    source = family(config["model_type"])
+    class_name(config, source)
+    generation = getattr(model, "generation_config", None)
+    settings = generation.to_diff_dict() if generation is not None else {}
+    reader = Reader(source, architecture, _ObjectSource(model))
+    loaded = Model.from_checkpoint(Checkpoint(reader, None, config, settings), device=device, dtype=dtype)
+    return loaded.train(model.training)
+
+
+def parameter_count(model: Transformer) -> int:
+    """How many trained numbers the model holds, tied tensors counted once."""
+    return sum(p.size for p in stored(model.architecture) if p.trained)

@@ -1,0 +1,146 @@
+"""A directory or hub id, opened as an architecture and its parameters under Lathe's names.
+
+Two forms are read. Hugging Face's: `config.json` beside safetensors (or `.bin`), mapped by the family that
+its `model_type` names. Lathe's own: `lathe.json` with the architecture, beside safetensors that hold the
+blueprint's names; it can hold what no family can. Tensors are read when they are asked for, one by one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lathe.architecture import Architecture
+from lathe.blueprint import stored
+from lathe.checkpoint.hub import fetch
+from lathe.errors import RequestError
+from lathe.families import family, read_config
+from lathe.families.adapter import Reader, Source
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONFIG, OWN, GENERATION = "config.json", "lathe.json", "generation_config.json"
+
+
+class Parameters(Protocol):
+    """Parameters under Lathe's names, read one at a time."""
+
+    architecture: Architecture
+    left_out: list[str]
+
+    def names(self) -> Iterator[str]:
+        """Every parameter's name."""
+        ...
+
+    def tensor(self, name: str) -> Tensor:
+        """One parameter."""
+        ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint.
+
+    Args:
+        parameters: the architecture and its tensors.
+        directory: where it lies; None for a model that came as an object.
+        config: the Hugging Face config it came with, keys that Lathe does not use included; empty for Lathe's form.
+        generation: its generation settings, as stored.
+    """
+
+    parameters: Parameters
+    directory: Path | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    generation: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def architecture(self) -> Architecture:
+        """The sizes and choices of the stored model."""
+        return self.parameters.architecture
+
+
+def read_architecture(model: str | Path, revision: str | None = None) -> Architecture:
+    """The architecture of a directory or hub id, from its config alone; no weights are read or fetched.
+
+    Raises:
+        RequestError: no such model, no config, or one that Lathe cannot read.
+    """
+    directory = fetch(model, revision, weights=False)
+    if (directory / CONFIG).is_file():
+        return read_config(_json(directory / CONFIG))
+    return _own_architecture(directory)
+
+
+def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoint:
+    """Open a directory or hub id.
+
+    Raises:
+        RequestError: no such model, files missing or damaged, an unknown family, or tensors that do not fit the config.
+    """
+    from lathe.checkpoint.tensors import open_tensors
+
+    directory = fetch(model, revision)
+    if (directory / CONFIG).is_file():
+        config = _json(directory / CONFIG)
+        architecture = read_config(config)
+        parameters: Parameters = Reader(family(config["model_type"]), architecture, open_tensors(directory))
+    else:
+        config = {}
+        architecture = _own_architecture(directory)
+        parameters = OwnReader(architecture, open_tensors(directory))
+    generation = _json(directory / GENERATION) if (directory / GENERATION).is_file() else {}
+    return Checkpoint(parameters, directory, config, generation)
+
+
+class OwnReader:
+    """Lathe's own form: tensors that already have the blueprint's names.
+
+    Raises:
+        RequestError: a tensor too many, too few, or of another shape than the architecture says.
+    """
+
+    def __init__(self, architecture: Architecture, source: Source) -> None:
+        self.architecture = architecture
+        self.left_out: list[str] = []
+        self._source = source
+        expected = {p.name: p.shape for p in stored(architecture)}
+        found = {name: source.shape(name) for name in source.names()}
+        for name in [*expected, *found]:
+            if name not in found:
+                raise RequestError(f"the tensor {name!r} is missing from the file; expected the whole model")
+            if name not in expected:
+                raise RequestError(f"the tensor {name!r} belongs to no parameter of the architecture in {OWN}")
+            if found[name] != expected[name]:
+                raise RequestError(f"the tensor {name!r} has shape {found[name]} and {OWN} says {expected[name]}")
+        self._names = list(expected)
+
+    def names(self) -> Iterator[str]:
+        """Every parameter's name, in the blueprint's order."""
+        return iter(self._names)
+
+    def tensor(self, name: str) -> Tensor:
+        """One parameter."""
+        return self._source.tensor(name)
+
+
+def _own_architecture(directory: Path) -> Architecture:
+    if not (directory / OWN).is_file():
+        raise RequestError(f"{directory} holds neither {CONFIG} nor {OWN}; expected a model's directory")
+    values = _json(directory / OWN)
+    if not isinstance(values.get("architecture"), dict):
+        raise RequestError(f"{directory / OWN} has no architecture; expected a file that Lathe wrote")
+    return Architecture.from_dict(values["architecture"])
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path} is not JSON ({error}); is the file complete?") from None
+    if not isinstance(values, dict):
+        raise RequestError(f"{path} holds {type(values).__name__}, not an object; expected a config")
+    return values
