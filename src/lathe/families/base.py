@@ -133,6 +133,11 @@ def ids_of(value: Any) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
+def ids_as_written(ids: tuple[int, ...]) -> int | list[int] | None:
+    """Ids as a config holds them: none, a number or a list; `ids_of` reads them back."""
+    return None if not ids else ids[0] if len(ids) == 1 else list(ids)
+
+
 def whole(config: Config, key: str, default: int | None = None, *, least: int = 1) -> int:
     """A whole number of the config, `default` where the key is missing or null.
 
@@ -154,6 +159,11 @@ def expect(config: Config, key: str, *allowed: Any) -> None:
         raise RequestError(f"{key}={config[key]!r} in the config: only {wanted} is supported")
 
 
+def given(config: Config, key: str, default: Any) -> Any:
+    """The config's value, or `default` where the key is missing or null."""
+    return default if config.get(key) is None else config[key]
+
+
 def n_labels(config: Config) -> int:
     """How many labels a config names: its `id2label`, else `num_labels`, else 2, as in `transformers`."""
     names = config.get("id2label")
@@ -162,11 +172,57 @@ def n_labels(config: Config) -> int:
     return whole(config, "num_labels", 2)
 
 
+def label_keys(count: int) -> dict[str, Any]:
+    """The config keys that make a stock class build `count` labels; its default of two needs none."""
+    if count == 2:
+        return {}
+    names = {str(i): f"LABEL_{i}" for i in range(count)}
+    return {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
+
+
+def heads_that_fit(d_model: int, n_heads: int, d_head: int) -> dict[str, int]:
+    """Changes that make all heads together as wide as the model.
+
+    A head's width stays where it divides `d_model`; else it is the nearest number of heads that divides.
+    """
+    if d_model % d_head == 0:
+        return {"n_heads": d_model // d_head}
+    divisors = [n for n in range(1, d_model + 1) if d_model % n == 0]
+    nearest = min(divisors, key=lambda n: (abs(n - n_heads), n))
+    return {"n_heads": nearest, "d_head": d_model // nearest}
+
+
 def token(config: Config, key: str, vocab_size: int, default: int | None = None) -> Any:
     """A config's token id, or ids, as written. A missing key is the stock default, if the vocabulary holds that."""
     if key in config:
         return config[key]
     return default if default is not None and default < vocab_size else None
+
+
+Check = Callable[[Architecture], Objection | None]
+
+
+def find_objections(
+    architecture: Architecture,
+    checks: Iterable[Check],
+    read: Callable[[Config, str], Architecture],
+    write: Callable[[Architecture], dict[str, Any]],
+) -> list[Objection]:
+    """Every objection: those of `checks`, in order, then those of the round trip.
+
+    Each check is given the architecture with the earlier objections' changes made, so that it sees one fault
+    at a time. Where an objection has no changes, the family is the wrong one and the search ends.
+    """
+    found: list[Objection] = []
+    for check in checks:
+        objection = check(architecture)
+        if objection is None:
+            continue
+        found.append(objection)
+        if not objection.changes:
+            return found
+        architecture = architecture.with_(objection.changes)
+    return found + round_trip_objections(architecture, read, write)
 
 
 # The fields of `Positions` that each kind reads; the others may hold anything.
@@ -187,7 +243,7 @@ def round_trip_objections(
     """What a family's config cannot say: every field that is another after `write` and `read`.
 
     Fields that change no computation (`family`, `initialisation`, sizes that the kind of positions does not
-    read) are left out. Call it where `write` can write the architecture at all.
+    read, a sharing that shares nothing) are left out. Call it where `write` can write the architecture at all.
     """
     config = write(architecture)
     name = config["model_type"]
@@ -210,6 +266,14 @@ def _computing(architecture: Architecture) -> dict[str, Any]:
         tree[name]["positions"] = {key: positions[key] for key in ("kind", *_POSITION_FIELDS[stack.positions.kind])}
         if stack.attention.kv_heads == stack.attention.n_heads:
             tree[name]["attention"]["n_kv_heads"] = None
+        if stack.n_attentions == stack.n_feed_forwards == stack.n_layers:
+            tree[name]["sharing"] = "none"
+    if architecture.embedding.d_embed is None:
+        del tree["embedding"]["projection_bias"]
+    if architecture.encoder is None or architecture.decoder is None:
+        del tree["tokens"]["decoder_start"]
+    if architecture.head.classifier is None:
+        del tree["dropout"]["classifier"]
     return tree
 
 
