@@ -192,6 +192,12 @@ def heads_that_fit(d_model: int, n_heads: int, d_head: int) -> dict[str, int]:
     return {"n_heads": nearest, "d_head": d_model // nearest}
 
 
+def label_names(n: int) -> dict[str, Any]:
+    """The config keys by which every release of `transformers` knows that there are `n` labels."""
+    names = [f"LABEL_{i}" for i in range(n)]
+    return {"id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {n: i for i, n in enumerate(names)}}
+
+
 def token(config: Config, key: str, vocab_size: int, default: int | None = None) -> Any:
     """A config's token id, or ids, as written. A missing key is the stock default, if the vocabulary holds that."""
     if key in config:
@@ -260,7 +266,8 @@ def round_trip_objections(
 def _computing(architecture: Architecture) -> dict[str, Any]:
     """The fields that change what is computed, as nested dictionaries."""
     tree = architecture.to_dict()
-    del tree["family"], tree["initialisation"]
+    # The mask token belongs to the tokenizer and the objective; no config.json has a place for it.
+    del tree["family"], tree["initialisation"], tree["tokens"]["mask"]
     for name, stack in architecture.stacks:
         positions = tree[name]["positions"]
         tree[name]["positions"] = {key: positions[key] for key in ("kind", *_POSITION_FIELDS[stack.positions.kind])}
