@@ -172,14 +172,6 @@ def n_labels(config: Config) -> int:
     return whole(config, "num_labels", 2)
 
 
-def label_keys(count: int) -> dict[str, Any]:
-    """The config keys that make a stock class build `count` labels; its default of two needs none."""
-    if count == 2:
-        return {}
-    names = {str(i): f"LABEL_{i}" for i in range(count)}
-    return {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
-
-
 def heads_that_fit(d_model: int, n_heads: int, d_head: int) -> dict[str, int]:
     """Changes that make all heads together as wide as the model.
 
