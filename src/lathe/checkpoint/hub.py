@@ -189,9 +189,9 @@ def _local_directory(model: object, name: str) -> Path | None:
     path = Path(name).expanduser()
     if not path.exists():
         recover(path)
-    if path.is_dir():
+    if name and path.is_dir():  # an empty name would mean the working directory
         return path
-    if path.exists():
+    if path.is_file():
         raise RequestError(f"{name} is a file: expected the directory of a checkpoint, or a hub id")
     if not isinstance(model, str) or not name or name.startswith((".", "/", "~")) or name.endswith("/"):
         raise RequestError(f"there is no directory {name!r}: give the directory of a checkpoint, or a hub id")
@@ -264,7 +264,7 @@ def _offline() -> bool:
 def _trouble_reaching(name: str, revision: str | None) -> str | None:
     """Ask the hub for the model. None if it answered; why not, if it did not. Other answers are raised."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError  # type: ignore[attr-defined]
 
     try:
         HfApi().model_info(name, revision=revision, timeout=_PATIENCE)
@@ -275,9 +275,9 @@ def _trouble_reaching(name: str, revision: str | None) -> str | None:
         return f"it answers with status {status}"
     except (HTTPError, OSError) as error:
         return one_line(error)
-    except (ValueError, KeyError, TypeError) as error:
-        if type(error).__name__ == "HFValidationError":
-            raise
+    except HFValidationError:
+        raise
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
         raise LatheError(
             f"{_endpoint()} does not answer as a hub does ({one_line(error)}): check HF_ENDPOINT"
         ) from error
