@@ -5,8 +5,9 @@ Every stored tensor must be accounted for and every parameter must be found, wit
 one too many, one too few or one of another shape is an error that names it.
 
 The blueprint's tied parameters are not stored. A file may store a copy of the tied table all the same
-(PyTorch's `.bin` files do); an equal copy is passed over, and a copy that differs means that the model was
-never tied, which is what stock classes make of such a file.
+(PyTorch's `.bin` files do); an equal copy is passed over. A head that differs from the table means that the
+model was never tied, which is what stock classes make of such a file. Any other copy that differs is a model
+that Lathe cannot hold (an encoder and a decoder with a table each), and an error.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ class Reader:
         whole = self._source.tensor(self._present(entry))
         whole = whole.reshape(-1) if entry.row else whole.t() if entry.transposed else whole
         sizes = [self._shapes[ours].shape[0] for ours in entry.ours]
-        return whole.split(sizes)[entry.ours.index(name)].contiguous()
+        parts: tuple[Tensor, ...] = whole.split(sizes)
+        return parts[entry.ours.index(name)].contiguous()
 
     def _find(self, name: str) -> str | None:
         """The stored name of a tensor, with or without the family's prefix."""
@@ -79,11 +81,14 @@ class Reader:
         return next((self._stored[n] for n in (name, bare, self._prefix + bare) if n in self._stored), None)
 
     def _present(self, entry: Entry) -> str:
-        for name in (entry.theirs, *entry.copies):
-            found = self._find(name)
-            if found is not None:
-                return found
+        found = self._all_present(entry)
+        if found:
+            return found[0]
         raise RequestError(f"the tensor {entry.theirs!r} is missing from the file; expected the config's whole model")
+
+    def _all_present(self, entry: Entry) -> list[str]:
+        """Every stored name of an entry's tensor, its own first."""
+        return [found for name in entry.names if (found := self._find(name)) is not None]
 
     def _untie_if_stored_apart(self, family: Family, architecture: Architecture) -> Architecture:
         language = architecture.head.language
@@ -92,12 +97,15 @@ class Reader:
         untied = architecture.with_(tied=False)
         head = next(e.theirs for e in family.entries(untied) if "head.language.output.weight" in e.ours)
         table = next(e for e in family.entries(architecture) if "embedding.tokens.weight" in e.ours)
-        own = self._find(head)
-        shared = next((found for name in (table.theirs, *table.copies) if (found := self._find(name))), None)
-        if own is None or shared is None or own == shared or self._source.shape(own) != self._source.shape(shared):
+        own, shared = self._find(head), self._all_present(table)
+        if own is None or not shared or own in shared:
             return architecture
-        same = bool((self._source.tensor(own) == self._source.tensor(shared)).all())
-        return architecture if same else untied
+        return architecture if self._same(own, shared[0]) else untied
+
+    def _same(self, one: str, other: str) -> bool:
+        if self._source.shape(one) != self._source.shape(other):
+            return False
+        return bool((self._source.tensor(one) == self._source.tensor(other)).all())
 
     def _check(self, family: Family) -> None:
         entries = list(dict.fromkeys(self._entries.values()))
@@ -111,7 +119,8 @@ class Reader:
                     f"the tensor {self._present(entry)!r} is {_x(found)} and the config says {_x(expected)}; "
                     "the two belong to different models"
                 )
-        names = {name for entry in entries for name in (entry.theirs, *entry.copies)}
+            self._check_copies(entry)
+        names = {name for entry in entries for name in entry.names}
         known = {self._find(name) for name in names | _tied_names(family, self.architecture)}
         for name, on_disk in self._stored.items():
             if on_disk in known or _matches(name, family.ignored):
@@ -123,12 +132,22 @@ class Reader:
                 )
             self.left_out.append(on_disk)
 
+    def _check_copies(self, entry: Entry) -> None:
+        first, *others = self._all_present(entry)
+        for other in others:
+            if not self._same(first, other):
+                raise RequestError(
+                    f"the tensors {first!r} and {other!r} differ, and Lathe has one tensor for both; "
+                    "expected a model in which they are equal"
+                )
+
 
 def to_disk(family: Family, architecture: Architecture) -> Iterator[tuple[str, tuple[int, ...], Entry]]:
     """Name, shape and entry of every tensor of the family's file, in the family's order."""
     shapes = {p.name: p for p in stored(architecture)}
     for entry in family.entries(architecture):
-        yield entry.theirs, _disk_shape(entry, [shapes[ours] for ours in entry.ours]), entry
+        for name in (entry.theirs, *entry.again):
+            yield name, _disk_shape(entry, [shapes[ours] for ours in entry.ours]), entry
 
 
 def fuse(entry: Entry, parts: list[Tensor]) -> Tensor:

@@ -30,8 +30,9 @@ class Entry:
         ours: the parameters it holds, concatenated along their first axis; usually one.
         transposed: whether it is stored `in × out`.
         row: whether a vector is stored as a 1 × n matrix.
-        copies: other names under which the same tensor may be stored as well. They are read and compared
-            (a differing copy of a tied table means that the model is not tied) and are not written.
+        copies: other names under which the same tensor may be stored as well. They are compared with it and
+            are not written.
+        again: such names that are written too, because the stock class reads the tensor there once more.
     """
 
     theirs: str
@@ -39,6 +40,12 @@ class Entry:
     transposed: bool = False
     row: bool = False
     copies: tuple[str, ...] = ()
+    again: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name under which the tensor may be found, its own first."""
+        return (self.theirs, *self.again, *self.copies)
 
 
 @dataclass(frozen=True)
@@ -277,8 +284,10 @@ def _computing(architecture: Architecture) -> dict[str, Any]:
 
 
 def _differences(ours: dict[str, Any], theirs: dict[str, Any], path: str = "") -> Iterable[tuple[str, Any, Any]]:
-    for key in dict.fromkeys((*ours, *theirs)):
-        here, mine, other = f"{path}{key}", ours.get(key), theirs.get(key)
+    for key in ours:
+        if key not in theirs:
+            continue  # it is read on one side only, because of another difference
+        here, mine, other = f"{path}{key}", ours[key], theirs[key]
         if isinstance(mine, dict) and isinstance(other, dict):
             yield from _differences(mine, other, f"{here}.")
         elif mine != other:

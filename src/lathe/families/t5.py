@@ -192,6 +192,8 @@ def _write(architecture: Architecture, *, model_type: str) -> dict[str, Any]:
         "relative_attention_max_distance": encoder.positions.max_distance,
         "layer_norm_epsilon": encoder.norm.eps,
         "feed_forward_proj": f"gated-{short}" if encoder.feed_forward.gated else activation,
+        "dense_act_fn": activation,
+        "is_gated_act": encoder.feed_forward.gated,
         "dropout_rate": architecture.dropout.hidden,
         "classifier_dropout": architecture.dropout.classifier,
         "initializer_factor": 1.0,
