@@ -198,10 +198,12 @@ def label_names(n: int) -> dict[str, Any]:
 
 
 def token(config: Config, key: str, vocab_size: int, default: int | None = None) -> Any:
-    """A config's token id, or ids, as written. A missing key is the stock default, if the vocabulary holds that."""
-    if key in config:
-        return config[key]
-    return default if default is not None and default < vocab_size else None
+    """A config's token id, or ids, as written; `default`, the stock class's, where the key is missing.
+
+    A default outside the vocabulary is no token: stock configs of small vocabularies carry it unasked.
+    """
+    value = config.get(key, default)
+    return None if value == default and default is not None and default >= vocab_size else value
 
 
 Check = Callable[[Architecture], Objection | None]
