@@ -15,7 +15,9 @@ width when it is factorised, `d_head` one head's, `d_ff` the feed-forward's inne
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -161,9 +163,11 @@ class Sharing(Spec):
     cycle: int = size(2**14, default=1)
 
     def check(self) -> None:
-        if not (self.attention or self.feed_forward):
-            object.__setattr__(self, "groups", 1)
-            object.__setattr__(self, "cycle", 1)
+        if not (self.attention or self.feed_forward) and (self.groups > 1 or self.cycle > 1):
+            raise RequestError(
+                f"groups={self.groups}, cycle={self.cycle}: nothing is shared; write sharing=groups:{self.groups}, "
+                "or set attention or feed_forward to true"
+            )
 
     @classmethod
     def parse(cls, text: str) -> Sharing:
@@ -175,9 +179,9 @@ class Sharing(Spec):
         attention, feed_forward = halves.get(what, (True, True))
         numbers = {"groups": 1, "cycle": 1}
         parts = (rest if what in halves else text.strip().lower()).split(",")
-        for part in parts if parts != [""] else []:
+        for part in [] if text.strip().lower() in ("ffn", *halves) else parts:
             key, _, number = part.partition(":")
-            if key not in numbers or not number.isdigit() or int(number) < 1:
+            if key not in numbers or not re.fullmatch("[1-9][0-9]{0,5}", number):
                 raise RequestError(
                     f"sharing={text!r}: expected none, all, attention, feed_forward, "
                     "groups:G, cycle:K or groups:G,cycle:K"
@@ -435,10 +439,11 @@ class Architecture(Spec):
         Raises:
             RequestError: an unknown name, or a value that cannot be.
         """
-        tree = self.to_dict()
+        # Not to_dict, where a record with a written form is one word and its parts cannot be set.
+        tree = dataclasses.asdict(self)
         for name, value in {**(changes or {}), **more}.items():
             for path in self.paths(name):
-                _assign(tree, path, value.to_dict() if isinstance(value, Spec) else value)
+                _assign(tree, path, dataclasses.asdict(value) if isinstance(value, Spec) else value)
         return Architecture.from_dict(tree)
 
     def paths(self, name: str) -> list[str]:
@@ -449,16 +454,15 @@ class Architecture(Spec):
                 raise RequestError(f"{name}: this architecture has no {' or '.join(ALIASES[name])} to set")
             return found
         if not self._has(name):
-            parent, _, leaf = name.rpartition(".")
+            parent = name.rpartition(".")[0]
             owner: Any = self
             if parent:
-                owner = self.paths(parent) and self._at(parent)
-            known = owner.field_names() if isinstance(owner, Spec) else []
-            if owner is None and parent:
+                owner = self._at(self.paths(parent)[0])
+            if owner is None:
                 raise RequestError(f"{name}: this architecture has no {parent}; set {parent} as a whole first")
-            raise RequestError(
-                unknown("field", name, [*known, *(() if parent else ALIASES)]) if leaf else f"unknown field {name!r}"
-            )
+            if not isinstance(owner, Spec):
+                raise RequestError(f"{name}: {parent} is one value and has no fields; set {parent} itself")
+            raise RequestError(unknown("field", name, [*owner.field_names(), *(() if parent else ALIASES)]))
         return [name]
 
     def _at(self, path: str) -> Any:
@@ -488,6 +492,8 @@ class Architecture(Spec):
             raise RequestError(
                 f"not JSON (line {error.lineno}, column {error.colno}): expected an architecture"
             ) from None
+        except (ValueError, RecursionError):  # a number of thousands of digits; brackets without end
+            raise RequestError("JSON too long or too deep to be read: expected an architecture") from None
         return cls.from_dict(values)
 
 
@@ -495,4 +501,6 @@ def _assign(tree: dict[str, Any], path: str, value: Any) -> None:
     *parents, leaf = path.split(".")
     for key in parents:
         tree = tree[key]
+        if not isinstance(tree, dict):
+            raise RequestError(f"{path}: another change sets {key} as a whole; set one of the two")
     tree[leaf] = value

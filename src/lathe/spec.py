@@ -152,8 +152,9 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         if typing.get_origin(option) is tuple:
             if isinstance(value, (list, tuple)) and all(type(each) is int for each in value):
                 return tuple(value)
-        elif option is float and type(value) in (int, float) and math.isfinite(value):
-            return float(value)
+        elif option is float:
+            if type(value) in (int, float) and _is_finite(value):
+                return float(value)
         elif type(value) is option or (
             isinstance(option, type) and issubclass(option, Spec) and isinstance(value, option)
         ):
@@ -163,6 +164,13 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         return parse(value)
     wanted = " or ".join(_EXPECTED.get(each, getattr(each, "__name__", str(each))) for each in options)
     raise RequestError(f"{name}={value!r}: expected {wanted}")
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        return False
 
 
 def _check_range(value: Any, field: dataclasses.Field[Any], name: str) -> None:
