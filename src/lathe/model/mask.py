@@ -68,9 +68,12 @@ def self_mask(
     if segments_BT is not None:
         allowed = allowed & (segments_BT[:, None, :, None] == segments_BT[:, None, None, :])
     if padding_BT is not None:
-        # A pad may see itself, so that no row of scores is empty; nobody else sees it.
-        itself = order_T[:, None] == order_T[None, :]
-        allowed = allowed & (padding_BT[:, None, None, :].bool() | itself)
+        visible = padding_BT[:, None, None, :].bool()
+        if causal or segments_BT is not None:
+            # A pad that has no token in sight sees itself, so that no row of scores is empty; nobody else sees it.
+            # An encoder's pads see the tokens, as in `transformers`: BERT's pooler reads one where pads come first.
+            visible = visible | (order_T[:, None] == order_T[None, :])
+        allowed = allowed & visible
     return Mask(allowed)
 
 
