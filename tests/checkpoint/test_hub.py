@@ -339,6 +339,13 @@ def test_a_revision_that_is_not_there(hub, client):
     assert code == 2
 
 
+def test_a_mirror_that_says_no_more_than_not_found(hub, client):
+    hub.status = 404
+    message, code = client.error("fetch", "team/mirrored")
+    assert "team/mirrored is neither a directory here nor a model on" in message
+    assert code == 2
+
+
 def test_a_gated_model(hub, client):
     hub.add("team/closed", SINGLE, gated=True)
     message, code = client.error("fetch", "team/closed")
@@ -381,7 +388,7 @@ def test_a_connection_that_breaks_leaves_nothing_half(hub, client, cache):
     hub.add("team/broken", SINGLE)
     hub.broken["model.safetensors"] = 3000
     message, code = client.error("fetch", "team/broken")
-    assert message.startswith(f"team/broken failed to travel from or to {hub.url} (")
+    assert message.startswith(f"team/broken could not be fetched from {hub.url} (")
     assert code == 1
     stored = cache / "hub" / "models--team--broken"
     assert [path.read_bytes() for path in (stored / "blobs").iterdir()] == [CONFIG]

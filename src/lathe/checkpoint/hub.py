@@ -99,14 +99,14 @@ def fetch(
         if revision is not None:
             raise RequestError(f"revision={revision!r} was given, but {name} is a local directory: leave it out")
         return local
-    with _explained(name, revision):
+    with _explained("fetched from", name, revision):
         if local_files_only or _offline():
             return _snapshot(name, revision, weights, cached=True)
         trouble = _trouble_reaching(name, revision)
         if trouble is None:
             return _snapshot(name, revision, weights, cached=False)
     try:
-        with _explained(name, revision):
+        with _explained("fetched from", name, revision):
             directory = _snapshot(name, revision, weights, cached=True)
     except RequestError as error:
         raise LatheError(
@@ -154,7 +154,7 @@ def push(
     find_weights(folder)
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     mine = {name: path for name, path in sorted(files.items()) if _belongs(name) or _matches(name, _DOCUMENTS)}
-    with _explained(model_id, revision):
+    with _explained("shared on", model_id, revision):
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
         if _offline():
@@ -285,17 +285,17 @@ def _trouble_reaching(name: str, revision: str | None) -> str | None:
 
 
 @contextmanager
-def _explained(name: str, revision: str | None) -> Iterator[None]:
-    """Turn whatever `huggingface_hub` raises into one line."""
+def _explained(done: str, name: str, revision: str | None) -> Iterator[None]:
+    """Turn whatever `huggingface_hub` raises into one line; `done` is what was being done, in its words."""
     try:
         yield
     except LatheError:
         raise
     except Exception as error:
-        raise _explain(error, name, revision) from error
+        raise _explain(error, done, name, revision) from error
 
 
-def _explain(error: Exception, name: str, revision: str | None) -> LatheError:
+def _explain(error: Exception, done: str, name: str, revision: str | None) -> LatheError:
     from huggingface_hub import constants, errors
 
     where = _endpoint()
@@ -305,16 +305,16 @@ def _explain(error: Exception, name: str, revision: str | None) -> LatheError:
         )
     if isinstance(error, errors.GatedRepoError):
         return RequestError(f"{name} is gated: accept its terms at {where}/{name}, then {_LOG_IN}")
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return RequestError(
-            f"{name} is neither a directory here nor a model on {where}: check the name; if it is private, {_LOG_IN}"
-        )
     if isinstance(error, errors.RevisionNotFoundError):
         return RequestError(
             f"{name} on {where} has no revision {revision or constants.DEFAULT_REVISION!r}: give a branch, a tag or "
             "a commit of it"
         )
     status = _status(error)
+    if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
+        return RequestError(
+            f"{name} is neither a directory here nor a model on {where}: check the name; if it is private, {_LOG_IN}"
+        )
     if status in _UNAUTHORISED:
         return RequestError(f"{where} refuses access to {name} (status {status}): {_LOG_IN}, with the right to it")
     if isinstance(error, errors.LocalEntryNotFoundError) and status is None:
@@ -324,7 +324,7 @@ def _explain(error: Exception, name: str, revision: str | None) -> LatheError:
             f"the disk is full: {name} does not fit into {constants.HF_HUB_CACHE}; free some space, or set HF_HUB_CACHE"
         )
     reason = f"status {status}" if status is not None else one_line(error)
-    return LatheError(f"{name} failed to travel from or to {where} ({reason}): nothing half is kept, so try again")
+    return LatheError(f"{name} could not be {done} {where} ({reason}): nothing half is kept there, try again")
 
 
 def _not_cached(error: Exception, name: str, revision: str | None) -> LatheError:
