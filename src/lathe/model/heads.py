@@ -83,6 +83,8 @@ class Head(nn.Module):
         if spec.classifier is not None:
             self.classifier = nn.Linear(d, spec.classifier.n_labels, bias=spec.classifier.bias)
         self.token = spec.pooler.token if spec.pooler is not None else None
+        # One label for every token is a yes-or-no mark: ELECTRA's discriminator, "was this token replaced?"
+        self.marks = self.token == "each" and spec.classifier is not None and spec.classifier.n_labels == 1
         self.dropout = nn.Dropout(architecture.dropout.classifier)
 
     def pool(self, hidden_BTD: Tensor, last_B: Tensor | None) -> Tensor:
@@ -101,7 +103,7 @@ class Head(nn.Module):
         return picked if self.pooler is None else self.activation(self.pooler(picked))
 
     def classify(self, pooled: Tensor) -> Tensor:
-        """Label logits of pooled states."""
+        """Label logits of pooled states, … × n_labels; B × T where there is one mark for each token."""
         assert self.classifier is not None
         logits: Tensor = self.classifier(self.dropout(pooled))
-        return logits
+        return logits.squeeze(-1) if self.marks else logits

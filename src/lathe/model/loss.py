@@ -42,6 +42,15 @@ def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED)
 
 
+def mark_loss(logits_BT: Tensor, labels_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """Mean binary cross-entropy of one yes-or-no mark a token (ELECTRA §3.1), pads left out."""
+    check_labels(labels_BT, 2)
+    counts_BT = labels_BT != IGNORED
+    if mask_BT is not None:
+        counts_BT = counts_BT & mask_BT.bool()
+    return F.binary_cross_entropy_with_logits(logits_BT[counts_BT].float(), labels_BT[counts_BT].float())
+
+
 def check_labels(labels: Tensor, n_classes: int) -> None:
     """Raise `RequestError` for a label that names no class; asks only CPU tensors, which cost no wait."""
     if labels.device.type != "cpu" or torch.compiler.is_compiling():

@@ -35,6 +35,11 @@ class Output:
     past_key_values: Cache | None = None
 
     @property
+    def prediction_logits(self) -> Tensor | None:
+        """`logits` under the name that BERT's and ALBERT's pretraining models give them."""
+        return self.logits
+
+    @property
     def sop_logits(self) -> Tensor | None:
         """`seq_relationship_logits` under ALBERT's name."""
         return self.seq_relationship_logits

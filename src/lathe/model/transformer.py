@@ -17,7 +17,7 @@ from lathe.model.cache import Cache
 from lathe.model.embedding import Embedding
 from lathe.model.heads import Head
 from lathe.model.initialise import initialise
-from lathe.model.loss import IGNORED, label_loss, token_loss
+from lathe.model.loss import IGNORED, label_loss, mark_loss, token_loss
 from lathe.model.mask import drop_if_full
 from lathe.model.output import Output
 from lathe.model.stack import Memory, Trace, TransformerStack
@@ -158,7 +158,7 @@ class Transformer(nn.Module):
         pooled_ids = input_ids if self.encoder is not None and self.decoder is not None else ids_BT
         self._fill_head(output, hidden_BTD, pooled_ids, mask_BT)
         sentence = next_sentence_label if next_sentence_label is not None else sentence_order_label
-        self._fill_loss(output, labels, sentence)
+        self._fill_loss(output, labels, sentence, mask_BT)
         return output
 
     def encode(
@@ -319,13 +319,17 @@ class Transformer(nn.Module):
         batch, length = hidden_BTD.shape[:2]
         return torch.full((batch,), length - 1, device=hidden_BTD.device)
 
-    def _fill_loss(self, output: Output, labels: Tensor | None, sentence: Tensor | None) -> None:
+    def _fill_loss(
+        self, output: Output, labels: Tensor | None, sentence: Tensor | None, mask_BT: Tensor | None
+    ) -> None:
         losses: list[Tensor] = []
         if labels is not None:
             if output.logits is None:
                 raise RequestError("labels were given, and this model has no head to hold them against; add a head")
             if self.head.language is not None:
                 losses.append(token_loss(output.logits, labels, shifted=self.encoder is None))
+            elif self.head.marks:
+                losses.append(mark_loss(output.logits, labels, mask_BT))
             else:
                 losses.append(label_loss(output.logits, labels))
         if sentence is not None:
