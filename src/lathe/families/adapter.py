@@ -134,8 +134,9 @@ class Reader:
 
     def _check_copies(self, entry: Entry) -> None:
         first, *others = self._all_present(entry)
+        shadows = {self._find(name) for name in entry.shadows}
         for other in others:
-            if not self._same(first, other):
+            if other not in shadows and not self._same(first, other):
                 raise RequestError(
                     f"the tensors {first!r} and {other!r} differ, and Lathe has one tensor for both; "
                     "expected a model in which they are equal"
@@ -146,7 +147,7 @@ def to_disk(family: Family, architecture: Architecture) -> Iterator[tuple[str, t
     """Name, shape and entry of every tensor of the family's file, in the family's order."""
     shapes = {p.name: p for p in stored(architecture)}
     for entry in family.entries(architecture):
-        for name in (entry.theirs, *entry.again):
+        for name in entry.written:
             yield name, _disk_shape(entry, [shapes[ours] for ours in entry.ours]), entry
 
 

@@ -33,6 +33,8 @@ class Entry:
         copies: other names under which the same tensor may be stored as well. They are compared with it and
             are not written.
         again: such names that are written too, because the stock class reads the tensor there once more.
+        shadows: names that are written too and count only where the tensor's own name is missing: another release
+            reads it there. Where both are stored they may differ.
     """
 
     theirs: str
@@ -41,11 +43,17 @@ class Entry:
     row: bool = False
     copies: tuple[str, ...] = ()
     again: tuple[str, ...] = ()
+    shadows: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
         """Every name under which the tensor may be found, its own first."""
-        return (self.theirs, *self.again, *self.copies)
+        return (self.theirs, *self.again, *self.copies, *self.shadows)
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """Every name under which the tensor is written."""
+        return (self.theirs, *self.again, *self.shadows)
 
 
 @dataclass(frozen=True)

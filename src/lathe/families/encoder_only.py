@@ -385,11 +385,9 @@ def output_entries(at: str, language: LanguageHead) -> Iterator[Entry]:
     transformers 5 makes them two parameters, reads `decoder.bias`, and calls either one that is missing newly
     initialised; transformers 4 makes them one and stores `bias`. So an untied file holds the same bias twice.
     """
-    bias, ours = f"{at}.bias", ("head.language.output.bias",)
+    first, second, ours = f"{at}.bias", f"{at}.decoder.bias", ("head.language.output.bias",)
     if language.tied:
-        yield Entry(bias, ours, copies=(f"{at}.decoder.bias",))
+        yield Entry(first, ours, copies=(second,))
     else:
-        yield Entry(bias, ours)
         yield Entry(f"{at}.decoder.weight", ("head.language.output.weight",))
-        # The one that is read where both are there: the adapter takes a parameter's last entry.
-        yield Entry(f"{at}.decoder.bias", ours, copies=(bias,))
+        yield Entry(second, ours, shadows=(first,))
