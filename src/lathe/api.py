@@ -9,7 +9,7 @@ smaller.save("my-t5-384")
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -28,6 +28,7 @@ from lathe.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from lathe.planner import Plan
+    from lathe.reshape import Step
 
 log = logging.getLogger("lathe")
 
@@ -69,6 +70,7 @@ class Model(Transformer):
         self.tokenizer = tokenizer
         self.generation = dict(generation or {})
         self.config = dict(config or {})
+        self.steps: tuple[Step, ...] = ()  # what was done to get here, where the model was resized
         if device is not None or dtype is not None:
             self.to(device=device, dtype=dtype)
         self.eval()
@@ -204,6 +206,54 @@ def load(
     if isinstance(model, torch.nn.Module):
         return _from_object(model, device, dtype)
     return Model.from_checkpoint(open_checkpoint(model, revision), device=device, dtype=dtype)
+
+
+def resize(
+    model: Model,
+    *,
+    calibrate: Iterable[Tensor | Mapping[str, Tensor]] = (),
+    method: str = "rotate",
+    **changes: Any,
+) -> Model:
+    """A copy of a trained model with other sizes; the model itself is left as it is.
+
+    Args:
+        calibrate: text of the kind that the model is used on, as batches: tensors of token ids, or mappings of the
+            model's keyword arguments. Padding is marked by `attention_mask`. `truncate` needs none.
+        method: how a width is cut: `rotate` (least loss), `select` or `truncate` (for comparison).
+        changes: fields to new values, as `Architecture.with_` takes them: `d_model=384`.
+
+    Raises:
+        RequestError: a change that cannot be made, an unknown method, or no calibration text where it is needed.
+
+    Example:
+        >>> import lathe, torch
+        >>> tiny = lathe.preset("t5-small").with_(d_model=32, d_ff=64, n_layers=1, vocab_size=64)
+        >>> text = torch.randint(2, 64, (4, 16))
+        >>> lathe.resize(lathe.Model(tiny, seed=0), d_model=24, calibrate=[text]).architecture.d_model
+        24
+    """
+    from lathe.reshape import resize as reshape
+
+    done = reshape(model, changes, calibrate=[_as_batch(model, each) for each in calibrate], method=method)
+    log.info("resized: %s", "; ".join(step.name for step in done.steps))
+    resized = Model(
+        done.architecture,
+        done.tensors,
+        tokenizer=model.tokenizer,
+        generation=model.generation,
+        config=model.config,
+        device=model.device,
+    )
+    resized.steps = done.steps
+    return resized
+
+
+def _as_batch(model: Model, given: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    if not isinstance(given, Tensor):
+        return given
+    both = model.encoder is not None and model.decoder is not None
+    return {"input_ids": given, "labels": given} if both else {"input_ids": given}
 
 
 class _ObjectSource:

@@ -1,0 +1,75 @@
+"""What an operation works on: an architecture and its tensors, changed together.
+
+Operations compute in float64 and hand back float64 tensors; `State.cast` turns them into the model's type
+once, at the end, so that no step rounds what the next one reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lathe.architecture import Architecture
+from lathe.blueprint import Parameter, stored
+
+
+@dataclass(frozen=True)
+class State:
+    """An architecture and the tensors that its blueprint asks for."""
+
+    architecture: Architecture
+    tensors: Mapping[str, Tensor]
+
+    def wide(self, name: str) -> Tensor:
+        """One tensor in float64, on the CPU."""
+        return self.tensors[name].detach().to("cpu", torch.float64)
+
+    def parameters(self) -> tuple[Parameter, ...]:
+        """The blueprint's stored parameters."""
+        return stored(self.architecture)
+
+    def along(self, group: str) -> Iterator[tuple[Parameter, int]]:
+        """Every stored parameter that has an axis of `group`, and which of its dimensions that is."""
+        for parameter in self.parameters():
+            for dim, axis in enumerate(parameter.axes):
+                if axis.group == group:
+                    yield parameter, dim
+
+    def with_(self, tensors: Mapping[str, Tensor], changes: Mapping[str, Any] | None = None) -> State:
+        """A copy with some tensors replaced and some sizes changed."""
+        architecture = self.architecture.with_(changes) if changes else self.architecture
+        return State(architecture, {**self.tensors, **tensors})
+
+    def cast(self, dtype: torch.dtype) -> State:
+        """Every tensor as `dtype`, contiguous, exactly those that the blueprint asks for, shapes checked."""
+        made: dict[str, Tensor] = {}
+        for parameter in self.parameters():
+            tensor = self.tensors[parameter.name]
+            if tuple(tensor.shape) != parameter.shape:
+                raise AssertionError(f"{parameter.name} is {tuple(tensor.shape)}, the blueprint says {parameter.shape}")
+            made[parameter.name] = tensor.to(dtype).contiguous()
+        return State(self.architecture, made)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation that was carried out.
+
+    Args:
+        name: what was done, such as "rotate d_model 512 → 384".
+        exact: whether it leaves every output as it was, up to rounding.
+        detail: measured facts about it, such as the retained energy per norm.
+    """
+
+    name: str
+    exact: bool
+    detail: Mapping[str, float]
+
+
+def multiply(tensor: Tensor, dim: int, matrix: Tensor) -> Tensor:
+    """`tensor` with `matrix` (size × new size) applied along dimension `dim`."""
+    return (tensor.movedim(dim, -1) @ matrix).movedim(-1, dim)

@@ -1,0 +1,92 @@
+"""A masked-LM head's transform, fitted to a token table that has changed its width.
+
+BERT's and ALBERT's heads put `norm(gelu(W x + b))` before the tied table. When the table's channels change, that
+vector has to follow, and a GELU stands in the way of any rotation. So the new transform is made nearly linear: a
+bias of +4 puts its inputs where GELU is the identity up to 1e-3, the norm removes the bias again, and W is the
+least-squares map from the head's input to the old vector in the new channels. The norm's scale and bias are then
+regressed, channel by channel, on what comes out. It is approximate; healing repairs the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from lathe.model.feed_forward import ACTIVATION_FUNCTIONS
+from lathe.model.transformer import Transformer
+from lathe.reshape.calibrate import Batch, listening
+from lathe.reshape.state import State, Step
+
+_BIAS = 4.0
+_SPREAD = 0.7  # the inputs' standard deviation, so that hardly any reaches GELU's bend
+_MOST_ROWS = 16_384
+
+
+def transform_rows(model: Transformer, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+    """The head transform's input and its norm's output over the text, N × D and N × width, float64."""
+    inputs: list[Tensor] = []
+    normed: list[Tensor] = []
+    language = model.head.language
+    assert language is not None
+    assert language.norm is not None
+    norm = language.norm
+
+    def hear_input(_: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
+        inputs.append(given[0].detach().flatten(0, -2).double())
+
+    def hear_norm(_: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
+        normed.append(norm.forward(given[0]).detach().flatten(0, -2).double())
+
+    heard = {"head.language.transform": hear_input, "head.language.norm": hear_norm}
+    with listening(model, heard), torch.no_grad():
+        for batch in batches:
+            model(**batch)
+            if sum(len(rows) for rows in inputs) >= _MOST_ROWS:
+                break
+    return torch.cat(inputs).cpu(), torch.cat(normed).cpu()
+
+
+def refit_transform(before: State, state: State, x_ND: Tensor, old_NE: Tensor, into: Tensor) -> tuple[State, Step]:
+    """The transform and its norm, fitted so that they give the old vector in the new channels.
+
+    Args:
+        before: the state with the old table.
+        state: the state whose table has the new width already.
+        x_ND: the head's input.
+        old_NE: what the norm gave.
+        into: old channels × new channels.
+    """
+    language = state.architecture.head.language
+    target_NE = old_NE @ into
+    eps = list(state.architecture.stacks)[-1][1].norm.eps
+    assert language is not None
+    assert language.transform is not None
+    ones = torch.ones(len(x_ND), 1, dtype=torch.float64)
+    design = torch.cat((x_ND, ones), 1)
+    gram = design.T @ design
+    ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    fitted = torch.linalg.solve(gram + ridge, design.T @ target_NE)
+    scale = _SPREAD / float((design @ fitted).std())
+    weight, bias = fitted[:-1].T * scale, fitted[-1] * scale + _BIAS
+    inner = ACTIVATION_FUNCTIONS[language.transform](x_ND @ weight.T + bias)
+    normed = torch.nn.functional.layer_norm(inner, inner.shape[-1:], eps=eps)
+    mean_n, mean_t = normed.mean(0), target_NE.mean(0)
+    centred = normed - mean_n
+    slope = (centred * (target_NE - mean_t)).sum(0) / centred.square().sum(0).clamp_min(1e-12)
+    error = target_NE - (slope * centred + mean_t)
+    unexplained = float(error.square().sum() / (target_NE - mean_t).square().sum())
+    step = Step("refit the head's transform", False, {"unexplained": unexplained})
+    changed = {
+        "head.language.transform.weight": weight,
+        "head.language.transform.bias": bias,
+        "head.language.norm.weight": slope,
+        "head.language.norm.bias": mean_t - slope * mean_n,
+    }
+    if language.bias:
+        # What the mean vector said in channels that are gone is a constant for each token: the output bias takes it.
+        read = "embedding.tokens.weight" if language.tied else "head.language.output.weight"
+        lost = before.wide(read) @ old_NE.mean(0) - state.tensors[read] @ mean_t
+        changed["head.language.output.bias"] = state.wide("head.language.output.bias") + lost
+    return state.with_(changed), step

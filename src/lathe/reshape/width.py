@@ -1,0 +1,234 @@
+"""Another width for one axis group of a trained model: rotate, select or truncate its channels.
+
+`rotate` (SliceGPT, Ashkboos et al. 2024, §3, with one basis for the whole model so that the result stays a
+stock architecture). Every norm's scale is folded into its readers; then the stream may be written in any
+orthonormal basis. P holds the d' directions in which the unit-normalised stream moves most, summed over
+all norms. Tables and writers become `W P`-sided, readers `W P`, and norms get weight √(d/d') and eps·d/d',
+because RMSNorm divides by √d and the new stream has d' channels. At d' = d this changes nothing.
+
+LayerNorm removes the mean as well. With M = I − 11ᵀ/d, take the d'−1 best directions of the centred stream
+and write them in a basis V of d' channels that has no mean itself (Vᵀ1 = 0): R = P Vᵀ. The new stream has
+mean zero in every token, so a stock LayerNorm does what it did.
+
+A tied token table reads the final norm's output and also writes the stream, so that norm keeps a scale: the
+diagonal that loses least on the calibration text, found by least squares.
+
+`select` keeps channels as they are and `truncate` the first ones; both only slice.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lathe.architecture import Architecture
+from lathe.blueprint import Parameter, blueprint
+from lathe.errors import RequestError
+from lathe.reshape.calibrate import Moments
+from lathe.reshape.fold import fold, is_tied, readers
+from lathe.reshape.state import State, Step, multiply
+
+
+@dataclass(frozen=True)
+class Basis:
+    """The new channels in terms of the old ones.
+
+    Args:
+        matrix: R, old × new.
+        centred: whether the axis' norms remove the mean.
+        energy: the share of the stream's second moment that survives, by norm.
+    """
+
+    matrix: Tensor
+    centred: bool
+    energy: dict[str, float]
+
+    @property
+    def growth(self) -> float:
+        """√(d/d'), by which the norms' weights make up for the channels that are gone."""
+        return math.sqrt(self.matrix.shape[0] / self.matrix.shape[1])
+
+    @property
+    def writing(self) -> Tensor:
+        """What tables and writers are multiplied with: R, after the mean is removed where the norms do so."""
+        return self.matrix - self.matrix.mean(0, keepdim=True) if self.centred else self.matrix
+
+
+def is_centred(architecture: Architecture, group: str) -> bool:
+    """Whether the norms along `group` remove the mean.
+
+    Raises:
+        RequestError: where one stack's norms do and the other's do not: one basis cannot serve both.
+    """
+    kinds = {stack.norm.kind for _, stack in architecture.stacks}
+    if len(kinds) > 1:
+        raise RequestError(
+            "the encoder and the decoder have different norms, so no one rotation fits; use method=select"
+        )
+    return kinds == {"layer"}
+
+
+def norms_of(architecture: Architecture, group: str) -> list[str]:
+    """The norms along `group` that the stream passes, by module name; a head's own norm is not one of them."""
+    return [
+        p.name.removesuffix(".weight")
+        for p in blueprint(architecture)
+        if p.role == "scale" and p.axes[0].group == group and p.component != "head"
+    ]
+
+
+def principal(moments: Moments, norms: list[str], width: int, *, centred: bool) -> Basis:
+    """The basis of the `width` channels that keep most of the stream."""
+    total = moments.total(norms)
+    rank = width - 1 if centred else width
+    directions = torch.linalg.eigh(total).eigenvectors.flip(1)
+    if centred:
+        # The constant vector has no energy in a centred stream; keep it out even where others have none either.
+        ones = torch.full((len(total), 1), len(total) ** -0.5, dtype=torch.float64)
+        directions = torch.linalg.qr(torch.cat((ones, directions), 1)).Q[:, 1:]
+    kept = directions[:, :rank]
+    matrix = kept @ without_mean(width).T if centred else kept
+    energy = {n: float((kept.T @ moments.mean(n) @ kept).trace() / moments.mean(n).trace()) for n in norms}
+    return Basis(matrix, centred, energy)
+
+
+def without_mean(width: int) -> Tensor:
+    """An orthonormal basis, width × (width − 1), of the vectors whose channels sum to zero.
+
+    The columns of a Householder reflection that turns the constant vector into the last axis.
+    """
+    target = torch.zeros(width, dtype=torch.float64)
+    target[-1] = 1.0
+    normal = torch.full((width,), width**-0.5, dtype=torch.float64) - target
+    length = normal.norm()
+    if length < 1e-12:
+        return torch.eye(width, dtype=torch.float64)[:, :-1]
+    normal = normal / length
+    reflection = torch.eye(width, dtype=torch.float64) - 2 * torch.outer(normal, normal)
+    return reflection[:, :-1]
+
+
+def rotate(state: State, group: str, field: str, basis: Basis, moments: Moments) -> tuple[State, Step]:
+    """Write the axis `group` in the channels of `basis`.
+
+    Args:
+        field: the architecture's field that holds the axis' size, `d_model` or `embedding.d_embed`.
+    """
+    old, new = basis.matrix.shape
+    norms = norms_of(state.architecture, group)
+    state = fold(state, norms)
+    changed: dict[str, Tensor] = {}
+    for parameter, dim in state.along(group):
+        if parameter.role in ("scale", "shift") or _is_head_output(parameter, group):
+            continue
+        reads = parameter.role == "reader" or (
+            parameter.role == "writer" and dim == len(parameter.axes) - 1 and dim > 0
+        )
+        matrix = basis.matrix if reads else basis.writing
+        changed[parameter.name] = multiply(changed.get(parameter.name, state.wide(parameter.name)), dim, matrix)
+    for norm in norms:
+        changed |= _norm_after(state, norm, basis, moments)
+    changed |= _rescaled(state, field, old, new, changed)
+    sizes = {field: new, **{f"{name}.norm.eps": s.norm.eps * old / new for name, s in state.architecture.stacks}}
+    exact = old == new and not any(_is_uneven(state, norm) for norm in norms)
+    step = Step(f"rotate {field.removeprefix('embedding.')} {old} → {new}", exact, basis.energy)
+    return state.with_(changed, sizes), step
+
+
+def _is_uneven(state: State, norm: str) -> bool:
+    """Whether a tied table reads a norm whose scale differs between channels: no rotation passes it exactly."""
+    scale = state.wide(f"{norm}.weight")
+    return is_tied(state.architecture, norm) and bool((scale != scale[0]).any())
+
+
+def _is_head_output(parameter: Parameter, group: str) -> bool:
+    """Whether a head writes the axis itself (a transform or projection onto the embedding's width)."""
+    return parameter.component == "head" and group == "embed" and parameter.axes[0].group == group
+
+
+def _norm_after(state: State, norm: str, basis: Basis, moments: Moments) -> dict[str, Tensor]:
+    """A norm's weight and bias once its axis is rotated."""
+    new = basis.matrix.shape[1]
+    changed = {f"{norm}.weight": torch.full((new,), basis.growth, dtype=torch.float64)}
+    if f"{norm}.bias" in state.tensors:
+        changed[f"{norm}.bias"] = torch.zeros(new, dtype=torch.float64)
+    if is_tied(state.architecture, norm):
+        changed |= _tied_norm(state, norm, basis, moments)
+    elif not readers(state.architecture, norm):
+        scale = state.wide(f"{norm}.weight")
+        changed[f"{norm}.weight"] = basis.growth * (basis.matrix.square().T @ scale)
+        if f"{norm}.bias" in state.tensors:
+            changed[f"{norm}.bias"] = basis.matrix.T @ state.wide(f"{norm}.bias")
+    return changed
+
+
+def _tied_norm(state: State, norm: str, basis: Basis, moments: Moments) -> dict[str, Tensor]:
+    """The scale of a norm that a tied table reads: least squares between old and new logits.
+
+    Old logits are E(γ∘x̂), new ones E'(γ'∘x̂') with x̂' = √(d/d') Rᵀx̂. Over the text's second moment C of x̂ that
+    is a quadratic form in γ' with matrix (E'ᵀE') ∘ (RᵀCR)·d/d'.
+    """
+    table = state.wide("embedding.tokens.weight")
+    scale = state.wide(f"{norm}.weight")
+    r, new_table = basis.matrix, table @ basis.writing
+    seen = moments.mean(norm) @ r * basis.growth
+    quadratic = (new_table.T @ new_table) * (r.T @ seen * basis.growth)
+    linear = ((new_table.T @ (table * scale)) * seen.T).sum(1)
+    ridge = 1e-8 * quadratic.diagonal().mean() * torch.eye(len(quadratic), dtype=torch.float64)
+    start = r.square().T @ scale  # what the fit falls back to where the text says nothing
+    fitted = torch.linalg.solve(quadratic + ridge, linear + ridge @ start)
+    changed = {f"{norm}.weight": fitted * basis.growth}
+    if f"{norm}.bias" in state.tensors:
+        shift = state.wide(f"{norm}.bias")
+        changed |= _tied_shift(norm, table, new_table, r, shift)
+    return changed
+
+
+def _tied_shift(norm: str, table: Tensor, new_table: Tensor, r: Tensor, shift: Tensor) -> dict[str, Tensor]:
+    """A tied LayerNorm's bias, and a place for what it cannot express.
+
+    The centred table has no component along the constant vector, and no LayerNorm sees one that is added. So
+    the part of E·β that E'·β' misses is written there, a constant per token, and β' gets a mean of 1 to read it.
+    """
+    moved = r.T @ (shift - shift.mean())
+    missing = table @ shift - new_table @ moved
+    return {
+        f"{norm}.bias": moved + 1.0,
+        "embedding.tokens.weight": new_table + missing[:, None] / new_table.shape[1],
+    }
+
+
+def _rescaled(state: State, field: str, old: int, new: int, changed: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Make up for the factors of the forward pass that depend on the width itself."""
+    a, out = state.architecture, {}
+    embedding_field = "d_model" if a.embedding.d_embed is None else "embedding.d_embed"
+    language = a.head.language
+    table_factor = math.sqrt(old / new) if a.embedding.scaled and field == embedding_field else 1.0
+    head_factor = math.sqrt(new / old) if language is not None and language.scaled and field == "d_model" else 1.0
+    if table_factor != 1.0:
+        out["embedding.tokens.weight"] = changed["embedding.tokens.weight"] * table_factor
+    if language is None or (head_factor == 1.0 and not (table_factor != 1.0 and language.tied)):
+        return out
+    if language.tied and language.transform is None and a.embedding.d_embed is None:
+        final = next(p.norm for p in blueprint(a) if p.name == "head.language.output.weight")
+        for part in ("weight", "bias"):
+            if f"{final}.{part}" in changed:
+                out[f"{final}.{part}"] = changed[f"{final}.{part}"] * head_factor / table_factor
+        return out
+    first = next(p.name for p in blueprint(a) if p.name.startswith("head.language.") and p.role == "reader")
+    out[first] = changed[first] * head_factor
+    return out
+
+
+def keep(state: State, group: str, field: str, channels: Tensor, method: str) -> tuple[State, Step]:
+    """Keep some channels of an axis as they are; `channels` holds their numbers."""
+    changed: dict[str, Tensor] = {}
+    old = 0
+    for parameter, dim in state.along(group):
+        old = parameter.axes[dim].size
+        changed[parameter.name] = changed.get(parameter.name, state.wide(parameter.name)).index_select(dim, channels)
+    step = Step(f"{method} {field.removeprefix('embedding.')} {old} → {len(channels)}", len(channels) == old, {})
+    return state.with_(changed, {field: len(channels)}), step
