@@ -60,6 +60,7 @@ def atomic_directory(
         LatheError: the disk is full.
     """
     target = _resolve(path)
+    recover(target)
     _refuse_directory(target, replace)
     with _staged(target, nbytes, directory=True) as temporary:
         yield temporary
@@ -112,8 +113,7 @@ def _staged(target: Path, nbytes: int | None, *, directory: bool) -> Iterator[Pa
     temporary: Path | None = None
     try:
         try:
-            made = _make_parents(target.parent)
-            recover(target)
+            made = _make_parents(target)
             _remove_leftovers(target)
             _require_room(target, nbytes)
             temporary, lock = _reserve(target, directory)
@@ -164,10 +164,13 @@ def _refuse_file(target: Path, replace: bool) -> None:
         raise RequestError(f"{target} already exists: choose another name, or pass replace=True to replace it")
 
 
-def _make_parents(directory: Path) -> list[Path]:
-    """Make the missing directories down to `directory`; the ones made, outermost first."""
-    missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
-    directory.mkdir(parents=True, exist_ok=True)
+def _make_parents(target: Path) -> list[Path]:
+    """Make the missing directories above `target`; the ones made, outermost first."""
+    missing = [folder for folder in target.parents if not folder.exists()]
+    lowest = target.parents[len(missing)]
+    if not lowest.is_dir():
+        raise RequestError(f"cannot write to {target}: {lowest} is a file; choose another place")
+    target.parent.mkdir(parents=True, exist_ok=True)
     return missing[::-1]
 
 
