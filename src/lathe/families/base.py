@@ -267,9 +267,16 @@ def round_trip_objections(
     except RequestError as error:
         return [Objection(f"a {name} config cannot say it: {error}", {})]
     return [
-        Objection(f"{path} is {_shown(ours)}, and a {name} has {_shown(theirs)}", {path: theirs})
+        _objection(path, ours, theirs, name)
         for path, ours, theirs in _differences(_computing(architecture), _computing(back))
     ]
+
+
+def _objection(path: str, ours: Any, theirs: Any, name: str) -> Objection:
+    changes = {path: theirs}
+    if path.endswith(".positions"):  # another kind, which reads other fields: all of them change
+        path, ours, theirs = f"{path}.kind", ours["kind"], theirs["kind"]
+    return Objection(f"{path} is {_shown(ours)}, and a {name} has {_shown(theirs)}", changes)
 
 
 def _computing(architecture: Architecture) -> dict[str, Any]:
@@ -298,7 +305,8 @@ def _differences(ours: dict[str, Any], theirs: dict[str, Any], path: str = "") -
         if key not in theirs:
             continue  # it is read on one side only, because of another difference
         here, mine, other = f"{path}{key}", ours[key], theirs[key]
-        if isinstance(mine, dict) and isinstance(other, dict):
+        another_kind = key == "positions" and mine["kind"] != other["kind"]
+        if isinstance(mine, dict) and isinstance(other, dict) and not another_kind:
             yield from _differences(mine, other, f"{here}.")
         elif mine != other:
             yield here, mine, other
