@@ -90,6 +90,10 @@ _KINDS = (
 )
 
 
+# Stock classes compute this one by a kernel under one name and step by step under the other; ours is the kernel.
+_ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh"}
+
+
 def _read(kind: _Kind, config: Config, class_name: str) -> Architecture:
     vocab_size = whole(config, "vocab_size", kind.vocab_size)
     return Architecture(
@@ -159,9 +163,10 @@ def _read_window(kind: _Kind, config: Config) -> int | None:
     if window is None and "sliding_attention" in layers:
         raise RequestError("layer_types in the config has sliding_attention and no window is set; expected one of both")
     if len(set(layers)) != 1 or layers[0] not in ("sliding_attention", "full_attention"):
+        ways = ", ".join(sorted(set(map(str, layers)))) or "none at all"
         raise RequestError(
-            f"the config's layers attend in {len(set(layers))} ways ({', '.join(sorted(set(map(str, layers))))}); "
-            "only one for all, full or sliding, is supported"
+            f"layer_types in the config: the layers are {ways}; only full_attention for all of them, "
+            "or sliding_attention for all, is supported"
         )
     return window if layers[0] == "sliding_attention" else None
 
@@ -210,7 +215,8 @@ def _write(kind: _Kind, architecture: Architecture) -> dict[str, Any]:
         "num_attention_heads": decoder.attention.n_heads,
         "num_key_value_heads": decoder.attention.kv_heads,
         "head_dim": decoder.attention.d_head,
-        "hidden_act": activation_to(decoder.feed_forward.activation),
+        "hidden_act": _ACTIVATIONS.get(decoder.feed_forward.activation)
+        or activation_to(decoder.feed_forward.activation),
         "max_position_embeddings": decoder.positions.max_positions,
         "rope_theta": decoder.positions.theta,
         "rope_scaling": _write_scaling(decoder.positions.scaling),
