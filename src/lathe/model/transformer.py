@@ -88,6 +88,7 @@ class Transformer(nn.Module):
         past_key_values: Cache | None = None,
         segment_ids: Tensor | None = None,
         decoder_segment_ids: Tensor | None = None,
+        logits_to_keep: int = 0,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> Output:
@@ -105,6 +106,7 @@ class Transformer(nn.Module):
             encoder_outputs: the encoder's result from an earlier call (`encode`), in place of `input_ids`.
             past_key_values: a `Cache`; the decoder's tokens are appended to it.
             segment_ids, decoder_segment_ids: B × T document numbers of packed rows; attention stays inside.
+            logits_to_keep: how many of the last positions get token logits; 0 for all of them.
             output_hidden_states, output_attentions: what else to return.
 
         Raises:
@@ -156,7 +158,9 @@ class Transformer(nn.Module):
         output = Output(last_hidden_state=hidden_BTD, past_key_values=past_key_values)
         self._fill_traces(output, memory, encoder_trace, decoder_trace, output_hidden_states, output_attentions)
         pooled_ids = input_ids if self.encoder is not None and self.decoder is not None else ids_BT
-        self._fill_head(output, hidden_BTD, pooled_ids, mask_BT)
+        if logits_to_keep and labels is not None:
+            raise RequestError("logits_to_keep leaves out logits that the labels need; give one of the two")
+        self._fill_head(output, hidden_BTD, pooled_ids, mask_BT, logits_to_keep)
         sentence = next_sentence_label if next_sentence_label is not None else sentence_order_label
         self._fill_loss(output, labels, sentence, mask_BT)
         return output
@@ -284,10 +288,12 @@ class Transformer(nn.Module):
         elif weights:
             output.attentions = tuple((decoder if self.encoder is None else encoder).attentions)
 
-    def _fill_head(self, output: Output, hidden_BTD: Tensor, ids: Tensor | None, mask: Tensor | None) -> None:
+    def _fill_head(
+        self, output: Output, hidden_BTD: Tensor, ids: Tensor | None, mask: Tensor | None, logits_to_keep: int
+    ) -> None:
         head = self.head
         if head.language is not None:
-            output.logits = head.language(hidden_BTD, self.embedding.tokens)
+            output.logits = head.language(hidden_BTD[:, -logits_to_keep:], self.embedding.tokens)
         if head.token is None:
             return
         pooled = head.pool(hidden_BTD, self._place_to_read(hidden_BTD, ids, mask))
