@@ -1,79 +1,89 @@
 # Each target builds what it needs: a virtual environment in .venv, then a stamp file in it for each
-# set of packages. A stamp depends on pyproject.toml, so nothing is asked of pip until that changes.
+# set of packages. A stamp depends on pyproject.toml, so pip is asked for nothing until that changes.
 #
-#   make quickstart ARGS="--family gpt2"       options for `lathe quickstart`
-#   make test ARGS="tests/plan -k llama"       options for pytest
-#   make PYTHON=python3.12 test                another interpreter
-#   make TORCH="torch==2.12.*" test            another torch requirement (as pip writes it)
+#   make quickstart FAMILY=gpt2                another family; ARGS="..." for any option of lathe quickstart
+#   make test ARGS="tests/plan -k llama"       some of the tests; any option of pytest
+#   make test PYTHON=python3.12 VENV=.venv312  another interpreter, in an environment of its own
+#   make test TORCH="torch==2.12.*"            another torch, as a pip requirement
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-# The first interpreter of these that is Python 3.11 or newer.
+# The first of these that is Python 3.11 or newer.
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
 VENV ?= .venv
-# torch is installed first and on its own, so that a CPU build can be chosen here.
+# Which torch: where the package index has builds of several kinds, this picks one.
 TORCH ?= torch>=2.11,<2.14
 FAMILY ?=
 ARGS ?=
-# Test processes. Each runs torch on one thread, so the two cores of a small machine are both used.
+# Test processes. Each runs torch on one thread, so two keep both cores of a small machine busy.
 JOBS ?= 2
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+VERSION_OF = -c 'import sys; print("%d.%d" % sys.version_info[:2])'
 export PYTHONUTF8 := 1
 
-.PHONY: help quickstart test lint format bench clean
+# Two targets at once would be two pips in one environment.
+.NOTPARALLEL:
+.PHONY: help quickstart test lint format bench clean FORCE
 
 help: ## List the targets
 	@echo "Lathe cuts transformer language models to size. Targets:"
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
-quickstart: $(VENV)/.stamp-run ## Train a small model, cut it, heal it, measure it (FAMILY=gpt2, ARGS=...)
-	$(BIN)/lathe quickstart $(if $(FAMILY),--family $(FAMILY)) $(ARGS)
+quickstart: $(VENV)/.stamp-run ## Train a small model, cut it, heal it, measure it (FAMILY=gpt2)
+	@$(BIN)/lathe quickstart $(if $(FAMILY),--family $(FAMILY)) $(ARGS)
 
 test: $(VENV)/.stamp-test ## Run the tests (ARGS="tests/plan -k llama")
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(ARGS)
 
-lint: $(VENV)/.stamp-lint ## Check style, types and the direction of imports
+lint: $(VENV)/.stamp-lint ## Check the style, the types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 format: $(VENV)/.stamp-lint ## Put the code in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.stamp-test ## Measure side by side with the peers (ARGS=...)
+bench: $(VENV)/.stamp-test ## Measure Lathe side by side with its peers (ARGS="...")
 	$(BIN)/python -m benchmarks $(ARGS)
 
-clean: ## Remove the environment and everything built
+clean: ## Remove the environment, the caches and what was built
 	rm -rf $(VENV) build dist quickstart .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# An environment that is cut short is made again: the stamp comes last.
+# PYTHON and TORCH count whenever they are given, not only when the environment is made.
+ifneq ($(origin PYTHON),file)
+$(VENV)/.stamp-venv: FORCE
+endif
+ifneq ($(origin TORCH),file)
+$(VENV)/.stamp-run $(VENV)/.stamp-test $(VENV)/.stamp-lint: FORCE
+endif
+
 $(VENV)/.stamp-venv:
-	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer among python3, python3.13, python3.12, python3.11;" \
+	@test -n "$(PYTHON)" || { echo "make: none of python3, python3.13, python3.12, python3.11 is Python 3.11 or newer;" \
 		"install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo "make: PYTHON=$(PYTHON) is not a Python 3.11 or newer" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import ensurepip' 2>/dev/null || \
-		{ echo "make: $(PYTHON) has no ensurepip; on Debian or Ubuntu install the python3-venv package" >&2; exit 1; }
-	"$(PYTHON)" -m venv $(VENV)
-	@touch $@
+		{ echo "make: $(PYTHON) has no ensurepip; on Debian and Ubuntu install the package python3-venv" >&2; exit 1; }
+	@test ! -e $(BIN)/python || test "$$($(BIN)/python $(VERSION_OF))" = "$$("$(PYTHON)" $(VERSION_OF))" || \
+		{ echo "make: $(VENV) is of another version than PYTHON=$(PYTHON);" \
+		"run make clean, or give it an environment of its own: VENV=.venv312" >&2; exit 1; }
+	@test -e $@ || echo "Making $(VENV) with $(PYTHON)"
+	@test -e $@ || "$(PYTHON)" -m venv $(VENV)
+	@test -e $@ || touch $@
 
-$(VENV)/.stamp-run: $(VENV)/.stamp-venv pyproject.toml
-	$(PIP) install --quiet "$(TORCH)"
-	$(PIP) install --quiet --editable .
-	@touch $@
-
-$(VENV)/.stamp-test: $(VENV)/.stamp-run
-	$(PIP) install --quiet --editable '.[test]'
-	@touch $@
-
-$(VENV)/.stamp-lint: $(VENV)/.stamp-run
-	$(PIP) install --quiet --editable '.[lint]'
+$(VENV)/.stamp-run: PACKAGES = .
+$(VENV)/.stamp-test: PACKAGES = .[test]
+$(VENV)/.stamp-lint: PACKAGES = .[lint]
+# Modules are compiled as they are first imported: compiling all of them here would take longer than the rest.
+$(VENV)/.stamp-run $(VENV)/.stamp-test $(VENV)/.stamp-lint: $(VENV)/.stamp-venv pyproject.toml
+	@echo "Installing $(PACKAGES) with $(TORCH) into $(VENV) (a minute or more the first time)"
+	@$(PIP) --no-compile "$(TORCH)" --editable "$(PACKAGES)"
 	@touch $@
