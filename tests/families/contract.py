@@ -171,6 +171,12 @@ class FamilyContract:
     def finish(cls, model: Any, variant: Variant) -> None:
         """Change the stock model further, after its weights were drawn (a buffer, a table of its own)."""
 
+    @classmethod
+    def table_gradient(cls, model: Any) -> Tensor:
+        """The gradient that has reached the stock model's token table."""
+        gradient: Tensor = model.get_input_embeddings().weight.grad
+        return gradient
+
     def field_pairs(self, theirs: Any) -> Iterable[tuple[str, str]]:
         """The stock output's fields that are compared, each with ours."""
         found = [(name, ours, theirs.get(name)) for name, ours in FIELDS.items()]
@@ -315,7 +321,7 @@ class FamilyContract:
         for model, answer in ((twin.theirs, theirs[name]), (twin.ours, twin.ours(**batch)[our_name])):
             model.zero_grad()
             answer.square().mean().backward()
-        expected = twin.theirs.get_input_embeddings().weight.grad
+        expected = self.table_gradient(twin.theirs)
         got = twin.ours.embedding.tokens.weight.grad
         assert got is not None
         # The stock table leaves the row of its padding token without a gradient.
