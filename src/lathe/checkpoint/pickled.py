@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 _ZIP_START = b"PK\x03\x04"  # by these bytes torch itself tells the two formats apart
 
 
-def unpickle_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of one pickled state dict by name, on the CPU; tied tensors share their memory.
+def unpickle_tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
+    """The tensors of one pickled state dict by name, on the CPU, and whether they are views of the mapped file.
+
+    Tied tensors share their memory.
 
     Raises:
         RequestError: the file is damaged, is not a state dict, or would run code.
@@ -52,7 +54,7 @@ def unpickle_tensors(path: Path) -> dict[str, Tensor]:
                 "torch.save(model.state_dict(), …) writes it"
             )
         tensors[name] = value.detach()
-    return tensors
+    return tensors, mapped
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -64,4 +66,4 @@ def describe(value: object) -> str:
     """A value in the words of an error message."""
     if isinstance(value, torch.Tensor):
         return f"a tensor of {value.dtype}, {value.layout}, on {value.device}"
-    return f"a {type(value).__name__}"
+    return f"an object of type {type(value).__name__}"

@@ -67,6 +67,10 @@ _DTYPE_RANK = {dtype: rank for rank, dtype in enumerate(_DTYPES.values())}
 _METADATA = "__metadata__"
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
+# After so many bytes of tensors a file is mapped afresh, which costs about a millisecond: the pages of a
+# mapping count as this process's memory as long as it lasts.
+_REMAP_BYTES = 64 * 2**20
+
 
 # --- reading -------------------------------------------------------------------------------------------
 
@@ -99,6 +103,7 @@ class TensorSource:
     def __init__(self, weights: Weights) -> None:
         self._pickled = weights.pickled
         self._shard: _Shard | None = None
+        self._handed_out = 0  # bytes, since the shard was opened
         self._closed = False
         self._entries: dict[str, _Entry] = {}
         weight_map = weights.weight_map or {}
@@ -135,7 +140,12 @@ class TensorSource:
         """
         if self._closed:
             raise ValueError("the tensor source is closed")
-        return self._opened(self._entries[name].file).tensor(name)
+        entry = self._entries[name]
+        if self._shard is not None and self._shard.mapped and self._handed_out > _REMAP_BYTES:
+            self._shard = None
+        shard = self._opened(entry.file)
+        self._handed_out += entry.nbytes
+        return shard.tensor(name)
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """Every name with its tensor, one after the other, in the order of `names()`."""
@@ -175,6 +185,7 @@ class TensorSource:
         if self._shard is None or self._shard.path != path:
             self._shard = None  # before the next one opens: two shards are never held at once
             self._shard = _PickleShard(path) if self._pickled else _SafetensorsShard(path)
+            self._handed_out = 0
         return self._shard
 
 
@@ -193,9 +204,10 @@ class _Entry:
 
 
 class _Shard(Protocol):
-    """One open file of tensors."""
+    """One open file of tensors; `mapped` if its tensors are views of the file."""
 
     path: Path
+    mapped: bool
 
     def entries(self) -> dict[str, _Entry]: ...
 
@@ -205,6 +217,7 @@ class _Shard(Protocol):
 class _SafetensorsShard:
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.mapped = True
         try:
             self._file: Any = safe_open(str(path), framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
@@ -230,7 +243,7 @@ class _SafetensorsShard:
 class _PickleShard:
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._tensors = unpickle_tensors(path)
+        self._tensors, self.mapped = unpickle_tensors(path)
 
     def entries(self) -> dict[str, _Entry]:
         return {name: _Entry(self.path, tuple(tensor.shape), tensor.dtype) for name, tensor in self._tensors.items()}
