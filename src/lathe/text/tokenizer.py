@@ -1,0 +1,475 @@
+"""Text to ids and back, for every family's tokenizer.
+
+    tokenizer = Tokenizer.load("checkpoints/t5-small")
+    batch = tokenizer(["A short text.", "Another text, a little longer."])   # tensors for model(**batch)
+    tokenizer.decode(batch.input_ids[0])
+
+A tokenizer is the bytes of its files together with the engine built from them (`pipeline`), so `save` gives back
+what `load` read. What a given tokenizer does stands in its files; nothing here depends on the family.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lathe.errors import RequestError
+from lathe.text import files as names
+from lathe.text import pipeline
+from lathe.text.conventions import SENTINEL, SPACE
+from lathe.text.settings import Settings, Side, read_model_type, read_settings
+
+if TYPE_CHECKING:
+    import tokenizers
+    from torch import Tensor
+
+    from lathe.text.batch import Batch
+
+Padding = Literal["longest", "max_length"] | bool | int | None
+
+
+class Tokenizer:
+    """A trained vocabulary and its conventions. Make one with `Tokenizer.load` or `train_tokenizer`."""
+
+    def __init__(self, files: Mapping[str, bytes], settings: Settings, engine: tokenizers.Tokenizer) -> None:
+        self._files = dict(files)
+        self._settings = settings
+        self._engine = engine
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str], *, convention: str | None = None) -> Tokenizer:
+        """Open the tokenizer in a directory, in any of the forms that the families' own come in.
+
+        Args:
+            directory: holds `tokenizer.json`, or a family's vocabulary file (`spiece.model`, `tokenizer.model`,
+                `sentencepiece.bpe.model`, `vocab.txt`, or `vocab.json` and `merges.txt`) with something that says
+                how it is used: `tokenizer_config.json`, or the model's `config.json`.
+            convention: says how the vocabulary file is used, where the files do not: `t5`, `bert`, `albert`, …
+
+        Raises:
+            RequestError: no tokenizer there, a damaged file, or files that do not say what they are.
+        """
+        path = Path(directory).expanduser()
+        model = path / "config.json"
+        config = {"config.json": model.read_bytes()} if model.is_file() else {}
+        try:
+            return cls.from_files(names.read(path), convention=convention, model_type=read_model_type(config))
+        except RequestError as error:
+            # Errors about one file say which directory it is in.
+            raise error if str(path) in str(error) else RequestError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_files(
+        cls, files: Mapping[str, bytes], *, convention: str | None = None, model_type: str | None = None
+    ) -> Tokenizer:
+        """Make a tokenizer of its files, given by name; see `load`.
+
+        Args:
+            model_type: what the model's `config.json` says, used if the files name no tokenizer class.
+        """
+        import tokenizers
+
+        settings = read_settings(files, convention=convention, model_type=model_type)
+        document = pipeline.build(files, settings)
+        try:
+            engine = tokenizers.Tokenizer.from_str(pipeline.dump(document))
+        except Exception as error:  # the library raises no narrower class, whatever is wrong
+            found = next(name for name in names.VOCABULARIES if name in files)
+            reason = " ".join(str(error).split())[:160]
+            raise RequestError(f"{found} is not a vocabulary that can be used ({reason})") from error
+        for token in document["added_tokens"]:
+            number = engine.token_to_id(token["content"])
+            if number != token["id"]:
+                # The library numbers added tokens one after the other, whatever the file says.
+                raise RequestError(
+                    f"{names.TOKENIZER} gives the token {token['content']!r} the id {token['id']}, but it follows the "
+                    f"others as {number}: added tokens cannot leave ids out"
+                )
+        engine.encode_special_tokens = settings.split_special_tokens
+        return cls(files, settings, engine)
+
+    @staticmethod
+    def is_in(directory: str | os.PathLike[str]) -> bool:
+        """Whether a directory holds a tokenizer."""
+        return names.is_in(Path(directory).expanduser())
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write the tokenizer's files into a directory, which is made if need be.
+
+        Files that were loaded are written byte for byte. If they lack a `tokenizer_config.json`, one is added, so
+        that `transformers.AutoTokenizer` knows their class without a model beside them.
+
+        Raises:
+            RequestError: another tokenizer is there already, or the directory cannot be written to.
+        """
+        files = dict(self._files)
+        if names.CONFIG not in files and self._settings.tokenizer_class is not None:
+            files[names.CONFIG] = names.to_json({"tokenizer_class": self._settings.tokenizer_class})
+        names.write(files, Path(directory).expanduser())
+
+    # --- what it is made of ----------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    def __repr__(self) -> str:
+        model = type(self._engine.model).__name__
+        return f"Tokenizer({model}, vocab_size={self.vocab_size}, special={self._settings.roles})"
+
+    @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token with its id, added tokens among them."""
+        return self._engine.get_vocab(with_added_tokens=True)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id: the rows that an embedding needs, added tokens and sentinels included."""
+        return 1 + max(self.vocabulary.values(), default=-1)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token; None if the vocabulary has no such token."""
+        return self._engine.token_to_id(token)
+
+    @property
+    def pad_id(self) -> int | None:
+        """Fills short rows of a batch."""
+        return self._role("pad")
+
+    @property
+    def bos_id(self) -> int | None:
+        """Begins a text."""
+        return self._role("bos")
+
+    @property
+    def eos_id(self) -> int | None:
+        """Ends a text."""
+        return self._role("eos")
+
+    @property
+    def unk_id(self) -> int | None:
+        """Stands for what the vocabulary cannot spell."""
+        return self._role("unk")
+
+    @property
+    def mask_id(self) -> int | None:
+        """Stands for a token to be guessed."""
+        return self._role("mask")
+
+    @property
+    def cls_id(self) -> int | None:
+        """The first position, which a classifier reads."""
+        return self._role("cls")
+
+    @property
+    def sep_id(self) -> int | None:
+        """Ends each text of a pair."""
+        return self._role("sep")
+
+    @cached_property
+    def sentinels(self) -> tuple[int, ...]:
+        """The ids of `<extra_id_0>`, `<extra_id_1>`, …, which stand for spans; empty if there are none."""
+        found: list[int] = []
+        while True:
+            name = SENTINEL.format(len(found))
+            # mT5 keeps its sentinels as pieces that begin a word.
+            number = self.token_id(name)
+            number = self.token_id(SPACE + name) if number is None else number
+            if number is None:
+                return tuple(found)
+            found.append(number)
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The ids that stand for no text: those with a role, sentinels, languages, and other special tokens."""
+        added = self._engine.get_added_tokens_decoder()
+        special = {number for number, token in added.items() if token.special}
+        roles = {self._role(role) for role in self._settings.roles}
+        return frozenset((special | {number for number in roles if number is not None}) | set(self.sentinels))
+
+    @property
+    def padding_side(self) -> Side:
+        """Where a batch is filled up unless the call says otherwise."""
+        return self._settings.padding_side
+
+    @cached_property
+    def uses_token_types(self) -> bool:
+        """Whether its models tell the texts of a pair apart by `token_type_ids`."""
+        stated = self._settings.token_types
+        # Where no file and no class says, the tokens set around a pair do.
+        return any(self._engine.encode("a", "b").type_ids) if stated is None else stated
+
+    # --- text and ids ------------------------------------------------------------------------------------
+
+    def encode(self, text: str, pair: str | None = None, add_special_tokens: bool = True) -> list[int]:
+        """The ids of a text, or of two texts that belong together.
+
+        Args:
+            add_special_tokens: whether to set the tokens around it that the model expects.
+
+        Raises:
+            RequestError: not a string, or a string that is not valid Unicode.
+        """
+        return self._encodings([text], None if pair is None else [pair], add_special_tokens)[0].ids
+
+    def encode_batch(
+        self, texts: Sequence[str], pairs: Sequence[str] | None = None, add_special_tokens: bool = True
+    ) -> list[list[int]]:
+        """The ids of many texts at once, in parallel; as `encode`."""
+        return [each.ids for each in self._encodings(texts, pairs, add_special_tokens)]
+
+    def decode(
+        self,
+        ids: Sequence[int] | Tensor,
+        skip_special_tokens: bool = True,
+        errors: Literal["strict", "replace"] = "strict",
+    ) -> str:
+        """The text that ids spell.
+
+        Args:
+            ids: a row of ids, as a list or a one-dimensional tensor.
+            skip_special_tokens: leave out `</s>`, sentinels and the like.
+            errors: "replace" shows an id that has no token as U+FFFD. A model whose embedding has more rows than
+                the vocabulary has tokens can produce one.
+
+        Raises:
+            RequestError: an id that is outside the vocabulary; names the id, its position and the vocabulary.
+        """
+        if errors not in ("strict", "replace"):
+            raise RequestError(f"errors={errors!r}: expected 'strict' or 'replace'")
+        row = _row(ids)
+        if errors == "replace":
+            return "\N{REPLACEMENT CHARACTER}".join(self._decode(run, skip_special_tokens) for run in self._runs(row))
+        self.pieces(row)
+        return self._decode(row, skip_special_tokens)
+
+    def pieces(self, ids: Sequence[int] | Tensor) -> list[str]:
+        """The token of each id, as the vocabulary writes it: `▁the`, `##ing`, `Ġthe`, `<0x0A>`.
+
+        Raises:
+            RequestError: an id that is outside the vocabulary.
+        """
+        found = []
+        for position, number in enumerate(_row(ids)):
+            token = self._piece(number)
+            if token is None:
+                raise RequestError(
+                    f"id {number} at position {position} is outside the vocabulary of {self.vocab_size} tokens; "
+                    "do the ids come from another tokenizer?"
+                )
+            found.append(token)
+        return found
+
+    def __call__(
+        self,
+        texts: str | Sequence[str],
+        pairs: str | Sequence[str] | None = None,
+        *,
+        padding: Padding = "longest",
+        padding_side: Side | None = None,
+        truncation: bool = False,
+        max_length: int | None = None,
+        add_special_tokens: bool = True,
+        pad_id: int | None = None,
+    ) -> Batch:
+        """A batch of texts as tensors, with the names that `transformers` gives them.
+
+        Args:
+            texts: one text or several; one text makes a batch of one.
+            pairs: a second text for each.
+            padding: "longest" (or True) fills every row up to the longest; a number, up to that; "max_length", up
+                to `max_length`. None (or False) fills up nothing: the rows must be of one length.
+            padding_side: "left" or "right"; default what the tokenizer's files say.
+            truncation: cut texts that come out longer than `max_length`, of a pair the longer text first. Without
+                it nothing is cut, however long.
+            max_length: in tokens, with those that are set around the text.
+            pad_id: the id to fill up with, for a tokenizer that names none. The mask hides it from the model.
+
+        Returns:
+            `input_ids`, `attention_mask` and, if the tokenizer's models take them, `token_type_ids`: int64, (B, T).
+
+        Raises:
+            RequestError: no texts, rows of unequal length without padding, no padding token, arguments that
+                contradict each other.
+        """
+        from lathe.text.batch import pad
+
+        rows = [texts] if isinstance(texts, str) else list(texts)
+        others = [pairs] if isinstance(pairs, str) else None if pairs is None else list(pairs)
+        length = _length(padding, truncation, max_length)
+        if truncation:
+            assert max_length is not None  # or _length had raised
+            encodings = self._truncated(rows, others, add_special_tokens, max_length)
+        else:
+            encodings = self._encodings(rows, others, add_special_tokens)
+        ids = [each.ids for each in encodings]
+        return pad(
+            ids,
+            self._padding_id(ids, padding, length, pad_id),
+            side=_side(padding_side, self.padding_side),
+            length=length,
+            token_types=[each.type_ids for each in encodings] if self.uses_token_types else None,
+        )
+
+    # --- inside --------------------------------------------------------------------------------------------
+
+    def _role(self, role: str) -> int | None:
+        token = self._settings.roles.get(role)
+        return None if token is None else self.token_id(token)
+
+    def _piece(self, number: int) -> str | None:
+        return self._engine.id_to_token(number) if 0 <= number < self.vocab_size else None
+
+    def _runs(self, row: list[int]) -> list[list[int]]:
+        """The stretches of a row between ids that have no token."""
+        runs: list[list[int]] = [[]]
+        for number in row:
+            if self._piece(number) is None:
+                runs.append([])
+            else:
+                runs[-1].append(number)
+        return runs
+
+    def _decode(self, row: list[int], skip_special_tokens: bool) -> str:
+        text = self._engine.decode(row, skip_special_tokens=skip_special_tokens)
+        # Written for WordPiece; in BPE, which keeps its spaces, it would take out spaces that were in the text.
+        if self._settings.clean_up and type(self._engine.model).__name__ != "BPE":
+            for old, new in _CLEAN_UP:
+                text = text.replace(old, new)
+        return text
+
+    def _encodings(
+        self, texts: Sequence[str], pairs: Sequence[str] | None, add_special_tokens: bool
+    ) -> list[tokenizers.Encoding]:
+        if isinstance(texts, str) or isinstance(pairs, str):
+            raise RequestError("one string where a list of texts was expected: put it in a list")
+        if pairs is not None and len(pairs) != len(texts):
+            raise RequestError(f"{len(texts)} texts and {len(pairs)} second texts: expected as many of each")
+        inputs: list[Any] = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
+        try:
+            return self._engine.encode_batch_fast(inputs, add_special_tokens=add_special_tokens)
+        except TypeError:
+            _find_bad_text([*texts, *(pairs or [])])
+            raise
+
+    def _truncated(
+        self, texts: Sequence[str], pairs: Sequence[str] | None, add_special_tokens: bool, max_length: int
+    ) -> list[tokenizers.Encoding]:
+        around = self._engine.num_special_tokens_to_add(pairs is not None) if add_special_tokens else 0
+        room = max_length - around
+        if room < 0:
+            raise RequestError(
+                f"max_length={max_length}: {around} tokens are set around the text, so give at least that"
+            )
+        firsts = self._encodings(texts, None, False)
+        seconds = [None] * len(firsts) if pairs is None else self._encodings(pairs, None, False)
+        if len(seconds) != len(firsts):
+            raise RequestError(f"{len(firsts)} texts and {len(seconds)} second texts: expected as many of each")
+        whole = []
+        for first, second in zip(firsts, seconds, strict=True):
+            keep_first, keep_second = _share(room, len(first), 0 if second is None else len(second))
+            for encoding, keep in ((first, keep_first), (second, keep_second)):
+                if encoding is not None and len(encoding) > keep:
+                    encoding.truncate(keep, direction=self._settings.truncation_side)
+            whole.append(self._engine.post_process(first, second, add_special_tokens))
+        return whole
+
+    def _padding_id(self, ids: list[list[int]], padding: Padding, length: int | None, pad_id: int | None) -> int:
+        lengths = {len(row) for row in ids} | ({length} if length is not None else set())
+        unequal = len(lengths) > 1
+        if unequal and (padding is None or padding is False):
+            raise RequestError(
+                f"the texts have from {min(lengths)} to {max(lengths)} tokens, and padding={padding} fills up nothing:"
+                " pass padding='longest'"
+            )
+        chosen = self.pad_id if pad_id is None else pad_id
+        if chosen is None:
+            if unequal:
+                raise RequestError(
+                    "this tokenizer names no padding token: pass pad_id, such as its end token's "
+                    f"(pad_id={self.eos_id}); the attention mask hides it"
+                )
+            return 0
+        if self._piece(chosen) is None:
+            raise RequestError(f"pad_id={chosen} is outside the vocabulary of {self.vocab_size} tokens")
+        return chosen
+
+
+# What clean_up_tokenization_spaces means.
+_CLEAN_UP = (
+    (" .", "."),
+    (" ?", "?"),
+    (" !", "!"),
+    (" ,", ","),
+    (" ' ", "'"),
+    (" n't", "n't"),
+    (" 'm", "'m"),
+    (" 's", "'s"),
+    (" 've", "'ve"),
+    (" 're", "'re"),
+)
+
+
+def _row(ids: Sequence[int] | Tensor) -> list[int]:
+    values: Any = ids if isinstance(ids, list | tuple) else ids.tolist() if hasattr(ids, "tolist") else ids
+    if not isinstance(values, Iterable):
+        raise RequestError(f"one id, {values!r}, where a row of ids was expected")
+    row = list(values)
+    for position, number in enumerate(row):
+        if not isinstance(number, int):
+            raise RequestError(f"{number!r} at position {position} is not an id: expected one row of whole numbers")
+    return row
+
+
+def _length(padding: Padding, truncation: bool, max_length: int | None) -> int | None:
+    """The length to fill rows up to, None for that of the longest."""
+    if max_length is None and (truncation or padding == "max_length"):
+        asked = "truncation=True" if truncation else "padding='max_length'"
+        raise RequestError(f"{asked} needs max_length: say how many tokens a row may have")
+    if max_length is not None and max_length < 1:
+        raise RequestError(f"max_length={max_length}: expected at least 1")
+    if max_length is not None and not truncation and padding != "max_length":
+        raise RequestError(f"max_length={max_length} does nothing without truncation=True or padding='max_length'")
+    if padding == "max_length":
+        return max_length
+    if isinstance(padding, bool) or padding is None or padding == "longest":
+        return None
+    if not isinstance(padding, int) or padding < 1:
+        raise RequestError(f"padding={padding!r}: expected 'longest', 'max_length', a length of at least 1, or None")
+    return padding
+
+
+def _side(asked: str | None, default: Side) -> Side:
+    if asked not in (None, "left", "right"):
+        raise RequestError(f"padding_side={asked!r}: expected 'left' or 'right'")
+    return default if asked is None else "left" if asked == "left" else "right"
+
+
+def _share(room: int, first: int, second: int) -> tuple[int, int]:
+    """How many tokens each text of a pair keeps: the longer is cut first, then both alike."""
+    if first + second <= room:
+        return first, second
+    shorter, longer = sorted((first, second))
+    if shorter > room:
+        longer = shorter
+    else:
+        longer = max(shorter, room - shorter)
+    if shorter + longer > room:
+        shorter, longer = room // 2, room // 2 + room % 2
+    return (shorter, longer) if first <= second else (longer, shorter)
+
+
+def _find_bad_text(texts: Sequence[object]) -> None:
+    """Raise RequestError for the first that is not a string, or not valid Unicode."""
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise RequestError(f"text {number} is {type(text).__name__} {text!r:.60}: expected a string")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"text {number} holds {text[error.start]!r} at position {error.start}, half of a surrogate pair: "
+                "it was decoded wrongly, so read it again as UTF-8"
+            ) from error
