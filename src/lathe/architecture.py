@@ -436,14 +436,19 @@ class Architecture(Spec):
             more: bare names. A field of the architecture itself (`d_model`) or a short name that sets every
                 stack that has it (`n_layers`, `n_heads`, `d_head`, `d_ff`, `sharing`, …).
 
+        A smaller vocabulary loses the token ids (`tokens.eos`, …) that it no longer holds; give them anew.
+
         Raises:
             RequestError: an unknown name, or a value that cannot be.
         """
         # Not to_dict, where a record with a written form is one word and its parts cannot be set.
-        tree = dataclasses.asdict(self)
+        tree, given = dataclasses.asdict(self), set[str]()
         for name, value in {**(changes or {}), **more}.items():
             for path in self.paths(name):
                 _assign(tree, path, dataclasses.asdict(value) if isinstance(value, Spec) else value)
+                if path.startswith("tokens"):
+                    given.add(path)
+        _drop_lost_tokens(tree, self.tokens, given)
         return Architecture.from_dict(tree)
 
     def paths(self, name: str) -> list[str]:
@@ -495,6 +500,20 @@ class Architecture(Spec):
         except (ValueError, RecursionError):  # a number of thousands of digits; brackets without end
             raise RequestError("JSON too long or too deep to be read: expected an architecture") from None
         return cls.from_dict(values)
+
+
+def _drop_lost_tokens(tree: dict[str, Any], before: Tokens, given: set[str]) -> None:
+    """Forget the ids that a smaller vocabulary no longer holds; one that was given is checked like any value."""
+    vocab = tree["embedding"]["vocab_size"]
+    if "tokens" in given or type(vocab) is not int:
+        return
+    for name, held in before.to_dict().items():
+        if f"tokens.{name}" in given or held is None:
+            continue
+        if isinstance(held, list):
+            tree["tokens"][name] = tuple(token for token in held if token < vocab)
+        elif held >= vocab:
+            tree["tokens"][name] = None
 
 
 def _assign(tree: dict[str, Any], path: str, value: Any) -> None:

@@ -72,7 +72,8 @@ def attend_reference(
     allowed = mask.dense(q_BHTK.shape[2], k_BGSK.shape[2], q_BHTK.device)
     if allowed is not None:
         scores_BHTS = _where(allowed, scores_BHTS)
-    weights_BHTS = scores_BHTS.float().softmax(dim=-1).to(q_BHTK.dtype)
+    wide = scores_BHTS.float() if scores_BHTS.dtype in (torch.float16, torch.bfloat16) else scores_BHTS
+    weights_BHTS = wide.softmax(dim=-1).to(q_BHTK.dtype)
     return F.dropout(weights_BHTS, dropout) @ v_BHSK, weights_BHTS
 
 
