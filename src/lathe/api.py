@@ -146,7 +146,7 @@ class Model(Transformer):
         """
         from lathe.generate import generate
 
-        return generate(self, input_ids, attention_mask, **{**self.generation, **settings})
+        return generate(self, input_ids, attention_mask, stored=self.generation, **settings)
 
     def plan(self, **changes: Any) -> Plan:
         """What this model costs, and what it would cost with other sizes; see `lathe.plan`."""
