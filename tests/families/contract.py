@@ -98,6 +98,11 @@ class Twin:
         return self.ours.architecture
 
 
+# Made once and asked by many tests. Not a fixture of a wider scope: pytest rebuilds those whenever two tests
+# in a row want different variants.
+_TWINS: dict[tuple[type, str], Twin] = {}
+
+
 class Tensors:
     """Tensors by name, as the source that a `Reader` reads."""
 
@@ -190,17 +195,18 @@ class FamilyContract:
             variants = self.variants
             if getattr(metafunc.function, "once_per_class", False):
                 variants = tuple({each.kind: each for each in reversed(variants)}.values())[::-1]
-            metafunc.parametrize("twin", variants, ids=str, indirect=True, scope="class")
+            metafunc.parametrize("twin", variants, ids=str, indirect=True)
         if "out" in metafunc.fixturenames:
             metafunc.parametrize("out", self.outside, ids=lambda each: each.says.replace(" ", "_"))
 
-    @pytest.fixture(scope="class")
-    @classmethod
-    def twin(cls, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Twin:
-        return cls.make_twin(request.param, tmp_path_factory.mktemp("twin") / "stock")
+    @pytest.fixture
+    def twin(self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Twin:
+        key = (type(self), str(request.param))
+        if key not in _TWINS:
+            _TWINS[key] = self.make_twin(request.param, tmp_path_factory.mktemp("twin") / "stock")
+        return _TWINS[key]
 
-    @classmethod
-    def make_twin(cls, variant: Variant, path: Path) -> Twin:
+    def make_twin(self, variant: Variant, path: Path) -> Twin:
         torch.manual_seed(0)
         kind = getattr(transformers, variant.kind)
         # Eager attention is the only one that returns its weights.
@@ -209,7 +215,7 @@ class FamilyContract:
             head = theirs.get_output_embeddings()
             head.weight = torch.nn.Parameter(head.weight.detach().clone())
         randomise(theirs)
-        cls.finish(theirs, variant)
+        self.finish(theirs, variant)
         theirs.save_pretrained(path)
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         return Twin(variant, theirs, path, lathe.load(path), load_file(path / "model.safetensors"), config)
