@@ -421,7 +421,9 @@ class FamilyContract:
             pytest.skip("this class generates nothing")
         batch = {k: v for k, v in self.inputs(twin, padding).items() if not k.startswith("decoder_")}
         settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
-        assert torch.equal(twin.ours.generate(**batch, **settings), twin.theirs.generate(**batch, **settings))
+        # Without its cache, which has the encoder's depth and fails where the decoder is deeper.
+        theirs = twin.theirs.generate(**batch, **settings, use_cache=False)
+        assert torch.equal(twin.ours.generate(**batch, **settings), theirs)
 
     # What a family cannot hold
 
