@@ -417,6 +417,18 @@ def test_without_the_exchange_a_kill_between_the_two_renames_is_recovered(tmp_pa
     assert _tree(tmp_path) == {"model/config.json": "new"}
 
 
+def test_where_there_are_no_locks_nothing_is_removed_and_the_old_one_still_comes_back(tmp_path, monkeypatch):
+    target = tmp_path / "model"
+    old = _old(target)
+    subprocess.run(_python(KILLED_BETWEEN_RENAMES, target), check=False)
+    monkeypatch.setattr(atomic, "_try_lock", lambda descriptor: None)
+    assert recover(target)
+    assert _tree(target) == old
+    _save(target, lambda temporary: (temporary / "config.json").write_text("newer"), replace=True)
+    assert _tree(target) == {"config.json": "newer"}
+    assert len(list(tmp_path.iterdir())) == 2  # and what the killed save had written
+
+
 def test_a_save_recovers_before_it_decides_that_nothing_is_there(tmp_path):
     target = tmp_path / "model"
     old = _old(target)

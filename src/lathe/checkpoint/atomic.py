@@ -99,7 +99,8 @@ def recover(path: str | os.PathLike[str]) -> bool:
     if target.exists():
         return False
     for aside in _siblings(target, _OLD):
-        with _unused(aside) as unused:
+        # Without locks the worst that can happen is that a save that is just ending fails, and the old one stays.
+        with _unused(aside, without_locks=True) as unused:
             if unused and not target.exists():
                 aside.rename(target)
                 return True
@@ -237,15 +238,17 @@ def _remove_leftovers(target: Path) -> None:
 
 
 @contextmanager
-def _unused(path: Path) -> Iterator[bool]:
-    """Whether no process holds `path`; it is held by this one inside the block."""
+def _unused(path: Path, *, without_locks: bool = False) -> Iterator[bool]:
+    """Whether no process holds `path`, which this one then does inside the block; where locks are not known, what
+    `without_locks` says."""
     try:
         lock = os.open(path, os.O_RDONLY)
     except OSError:  # it is gone, or belongs to somebody else
         yield False
         return
     try:
-        yield _try_lock(lock) is True and _same(lock, path)
+        locked = _try_lock(lock)
+        yield (without_locks if locked is None else locked) and _same(lock, path)
     finally:
         os.close(lock)
 
@@ -285,6 +288,10 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network filesystems flush files but know no flushing of a directory.
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 

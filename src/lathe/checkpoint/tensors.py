@@ -2,10 +2,11 @@
 
 *Reading.* A safetensors file is a header (name -> dtype, shape, offsets) and then the bytes of the tensors.
 The file is mapped into memory, not read: a tensor is a view of the mapping, its pages come from the disk when
-they are first touched, and the system may drop them again. A model that copies one tensor after the other out
-of a `TensorSource` therefore never stands in memory twice. The mapping is private: changing a tensor in place
-changes neither the file nor what is read from it later. PyTorch pickles are mapped the same way, and only with
-the unpickler that builds tensors and refuses everything else (`weights_only=True`): a pickle can run code.
+they are first touched, and the system may drop them again. A source maps one file at a time, and maps it
+afresh after every 64 MiB, so a model that copies one tensor after the other never stands in memory twice. The
+mapping is private: changing a tensor in place changes neither the file nor what is read from it later.
+PyTorch pickles are mapped the same way, and only with the unpickler that builds tensors and refuses everything
+else (`weights_only=True`): a pickle can run code.
 
 *Writing.* The same format, written here directly so that one tensor at a time goes to the disk: it needs no
 second copy of a shard, takes tensors that are not contiguous or share memory, and gives the same bytes for the
@@ -32,7 +33,7 @@ from lathe.checkpoint.layout import (
     unreadable,
 )
 from lathe.checkpoint.pickled import describe, is_dense, unpickle_tensors
-from lathe.errors import RequestError
+from lathe.errors import LatheError, RequestError
 
 if TYPE_CHECKING:
     import os
@@ -104,6 +105,7 @@ class TensorSource:
         self._pickled = weights.pickled
         self._shard: _Shard | None = None
         self._handed_out = 0  # bytes, since the shard was opened
+        self._stamps: dict[Path, tuple[int, ...]] = {}
         self._closed = False
         self._entries: dict[str, _Entry] = {}
         weight_map = weights.weight_map or {}
@@ -136,7 +138,10 @@ class TensorSource:
     def tensor(self, name: str) -> Tensor:
         """The tensor of that name, on the CPU, as a view of the mapped file; KeyError if there is none.
 
-        Names that share memory in a pickle (tied weights) give tensors that share it here as well.
+        Each name gives its tensor in full, whether or not the file ties it to another.
+
+        Raises:
+            LatheError: the file was changed or replaced after the source was opened.
         """
         if self._closed:
             raise ValueError("the tensor source is closed")
@@ -184,9 +189,20 @@ class TensorSource:
     def _opened(self, path: Path) -> _Shard:
         if self._shard is None or self._shard.path != path:
             self._shard = None  # before the next one opens: two shards are never held at once
+            if self._stamps.setdefault(path, _stamp(path)) != _stamp(path):
+                raise LatheError(f"{path} changed while tensors were read from it: open {path.parent} again")
             self._shard = _PickleShard(path) if self._pickled else _SafetensorsShard(path)
             self._handed_out = 0
         return self._shard
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written to, or when another one takes its name."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise unreadable(path, "weights", error) from error
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @dataclass(frozen=True)
