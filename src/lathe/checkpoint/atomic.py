@@ -223,9 +223,10 @@ def _reserve(target: Path, directory: bool) -> tuple[Path, int]:
 def _siblings(target: Path, prefix: str) -> list[Path]:
     """The temporaries of `target`, of this or of earlier processes."""
     name = re.compile(re.escape(prefix) + r"[0-9a-f]{12}\." + re.escape(target.name))
-    if not target.parent.is_dir():
-        return []
-    return sorted(entry for entry in target.parent.iterdir() if name.fullmatch(entry.name))
+    try:
+        return sorted(entry for entry in target.parent.iterdir() if name.fullmatch(entry.name))
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return []  # nothing of ours can be there
 
 
 def _remove_leftovers(target: Path) -> None:
@@ -239,8 +240,10 @@ def _remove_leftovers(target: Path) -> None:
 
 @contextmanager
 def _unused(path: Path, *, without_locks: bool = False) -> Iterator[bool]:
-    """Whether no process holds `path`, which this one then does inside the block; where locks are not known, what
-    `without_locks` says."""
+    """Whether no process holds `path`, which this one then does inside the block.
+
+    Where the filesystem has no locks the answer is what `without_locks` says.
+    """
     try:
         lock = os.open(path, os.O_RDONLY)
     except OSError:  # it is gone, or belongs to somebody else
