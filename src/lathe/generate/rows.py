@@ -1,0 +1,75 @@
+"""The rows of a batch in flight: a model, its cache and the encoder's output, as tokens in and logits out.
+
+Everything that decodes works through these three calls: `prefill` reads the prompt, `step` one token a row,
+`reorder` copies and drops rows (several samples of a prompt, beams). With the cache a step reads one token a
+row and not all that came before.
+
+Shape suffixes: B batch, T positions, S encoder positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from lathe.errors import LatheError
+from lathe.generate.prompt import Prompt
+from lathe.model.cache import Cache
+from lathe.model.output import Output
+from lathe.model.stack import Memory
+from lathe.model.transformer import Transformer
+
+
+class Rows:
+    """Rows that a model continues.
+
+    Args:
+        model: has a causal decoder and a language head.
+        prompt: what each row starts with.
+        max_new: how many tokens are added at most.
+        memory: the encoder's output, where there is one.
+    """
+
+    def __init__(self, model: Transformer, prompt: Prompt, max_new: int, memory: Memory | None = None) -> None:
+        self.model, self.memory = model, memory
+        self.prompt = prompt.padded_left()
+        batch, columns = self.prompt.ids_BT.shape
+        self.cache = Cache(model.architecture, batch, columns + max_new - 1, dtype=model.dtype, device=model.device)
+
+    def prefill(self) -> Tensor:
+        """Read the prompt; the logits of each row's next token, B × V, float32."""
+        return self._read(self.prompt.ids_BT, self.prompt.mask_BT)
+
+    def step(self, tokens_B: Tensor) -> Tensor:
+        """Read one more token a row; the logits of the one after, B × V, float32."""
+        return self._read(tokens_B[:, None], None)
+
+    def reorder(self, rows_B: Tensor) -> None:
+        """Make row i a copy of the old row `rows_B[i]`."""
+        self.cache.reorder(rows_B)
+        if self.memory is not None:
+            padding_BS = None if self.memory.padding_BS is None else self.memory.padding_BS[rows_B]
+            self.memory = replace(self.memory, hidden_BSD=self.memory.hidden_BSD[rows_B], padding_BS=padding_BS)
+
+    def _read(self, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
+        if self.memory is None:
+            out: Output = self.model(
+                input_ids=ids_BT, attention_mask=mask_BT, past_key_values=self.cache, logits_to_keep=1
+            )
+        else:
+            out = self.model(
+                decoder_input_ids=ids_BT,
+                decoder_attention_mask=mask_BT,
+                encoder_outputs=self.memory,
+                past_key_values=self.cache,
+                logits_to_keep=1,
+            )
+        assert out.logits is not None
+        logits_BV = out.logits[:, -1].float()
+        if not bool(logits_BV.isfinite().all()):
+            raise LatheError(
+                "the model's logits are not all numbers; its weights may be damaged, "
+                f"or {self.model.dtype} too narrow for them: load it as torch.float32"
+            )
+        return logits_BV

@@ -1,0 +1,253 @@
+"""What can be asked of generation: `transformers`' names, typed, checked and resolved from three sources.
+
+A setting comes from the call, else from the settings stored with the model (`generation_config.json`), else
+from the architecture's tokens and the defaults here. A name that does not exist is refused, and so is a value
+that would do nothing or something else than it says. Stored settings were not asked for by the caller, so
+those that concern the file, or sampling when nothing is sampled, are passed over; those that would change the
+text and that Lathe does not do are refused by name, with the value that turns them off.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lathe.architecture import Architecture
+from lathe.errors import RequestError
+from lathe.spec import Spec, size, unknown
+
+log = logging.getLogger("lathe")
+
+DEFAULT_NEW_TOKENS = 20
+SAMPLING = ("temperature", "top_k", "top_p")
+
+# Settings of `transformers` that Lathe does not do, each with the value that means the same as leaving it out.
+NEUTRAL: dict[str, Any] = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0.0,
+    "penalty_alpha": None,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "force_words_ids": None,
+    "constraints": None,
+    "sequence_bias": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "exponential_decay_length_penalty": None,
+    "guidance_scale": 1.0,
+    "watermarking_config": None,
+    "renormalize_logits": False,
+    "remove_invalid_values": False,
+    "min_p": None,
+    "top_h": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "max_time": None,
+    "stop_strings": None,
+    "token_healing": False,
+    "dola_layers": None,
+    "prompt_lookup_num_tokens": None,
+    "use_cache": True,
+    "return_dict_in_generate": False,
+    "output_scores": False,
+    "output_logits": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+}
+
+# Stored settings that change no token here: about the file, about beams, or about how a step is computed.
+PASSED_OVER = frozenset(
+    {
+        "_from_model_config",
+        "transformers_version",
+        "early_stopping",
+        "length_penalty",
+        "low_memory",
+        "is_assistant",
+        "cache_implementation",
+        "cache_config",
+        "max_cache_len",
+        "compile_config",
+        "disable_compile",
+        "prefill_chunk_size",
+        "continuous_batching_config",
+        "num_assistant_tokens",
+        "num_assistant_tokens_schedule",
+        "assistant_confidence_threshold",
+        "assistant_early_exit",
+        "assistant_lookbehind",
+        "target_lookbehind",
+        "assistant_ensemble_weight",
+        "max_matching_ngram_size",
+        "speculation_type",
+        "use_mtp",
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Spec):
+    """Everything that generation reads, resolved and checked.
+
+    Args:
+        max_new_tokens: how many tokens to add at most.
+        max_length: the same, with the prompt's columns counted; 20 new tokens where neither is given.
+        min_new_tokens, min_length: until then no end-of-sequence token is chosen.
+        do_sample: draw each token from the model's distribution; else take the likeliest.
+        temperature, top_k, top_p: how the distribution is sharpened and cut; see `lathe.generate.filters`.
+            `top_k=None` keeps every token.
+        num_return_sequences: how many samples to draw for each prompt.
+        seed: what samples are drawn from: one number, or one for each prompt. PyTorch's global generator picks
+            one where left out. A row's samples depend on its own seed and on no other row.
+        eos_token_id: any of these ends a row.
+        pad_token_id: what fills a row that has ended; the first end-of-sequence token where there is none.
+        bos_token_id: what a decoder starts with when there is no prompt.
+        decoder_start_token_id: what an encoder-decoder's output starts with.
+        forced_bos_token_id: the token after that one (mBART's language code).
+        forced_eos_token_id: the last token of a row that reaches its full length.
+    """
+
+    max_new_tokens: int | None = size(2**30, default=None)
+    max_length: int | None = size(2**30, default=None)
+    min_new_tokens: int = size(2**30, least=0, default=0)
+    min_length: int = size(2**30, least=0, default=0)
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int | None = size(2**24, default=50)
+    top_p: float = 1.0
+    num_return_sequences: int = size(2**16, default=1)
+    seed: int | tuple[int, ...] | None = None
+    eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    decoder_start_token_id: int | None = None
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | None = None
+
+    def check(self) -> None:
+        if self.temperature <= 0:
+            raise RequestError(
+                f"temperature={self.temperature}: expected more than 0; for the likeliest, do_sample=False"
+            )
+        if not 0 < self.top_p <= 1:
+            raise RequestError(f"top_p={self.top_p}: expected more than 0 and at most 1")
+        if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
+            raise RequestError(
+                f"min_new_tokens={self.min_new_tokens}: expected at most max_new_tokens={self.max_new_tokens}"
+            )
+        if self.max_length is not None and self.min_length > self.max_length:
+            raise RequestError(f"min_length={self.min_length}: expected at most max_length={self.max_length}")
+        if self.num_return_sequences > 1 and not self.do_sample:
+            raise RequestError(
+                f"num_return_sequences={self.num_return_sequences}: without sampling all would be the same; "
+                "pass do_sample=True"
+            )
+        for seed in (self.seed,) if isinstance(self.seed, int) else self.seed or ():
+            if not 0 <= seed < 2**63:
+                raise RequestError(f"seed={seed}: expected a whole number from 0 to 2^63 - 1")
+
+    @classmethod
+    def resolve(
+        cls, architecture: Architecture, given: Mapping[str, Any], stored: Mapping[str, Any] | None = None
+    ) -> Settings:
+        """The settings of one call.
+
+        Args:
+            architecture: whose tokens serve where no other are named.
+            given: what the caller asked for; None turns a setting off.
+            stored: what came with the model.
+
+        Raises:
+            RequestError: an unknown setting, a value that cannot be, or one that would do nothing.
+        """
+        _refuse_unknown(given)
+        tokens = architecture.tokens
+        values = {
+            "eos_token_id": tokens.eos,
+            "pad_token_id": tokens.pad,
+            "bos_token_id": tokens.bos,
+            "decoder_start_token_id": tokens.decoder_start,
+            **_usable(stored or {}, given),
+        }
+        asked = {name: _off(name) if value is None else value for name, value in given.items() if name not in NEUTRAL}
+        if asked.get("max_length") is not None:
+            if asked.get("max_new_tokens") is not None:
+                raise RequestError("max_new_tokens and max_length were both given; expected one of them")
+            values.pop("max_new_tokens", None)
+        values |= asked
+        if not values.get("do_sample", False):
+            _refuse_idle(asked)
+            values = {name: value for name, value in values.items() if name not in SAMPLING}
+        for name in ("eos_token_id", "seed"):
+            if isinstance(values.get(name), list):
+                values[name] = tuple(values[name])
+        if type(values["eos_token_id"]) is int:
+            values["eos_token_id"] = (values["eos_token_id"],)
+        settings = cls(**values)
+        settings._check_tokens(architecture.embedding.vocab_size)
+        return settings
+
+    @property
+    def filler(self) -> int:
+        """What stands in a row after its end."""
+        return self.pad_token_id if self.pad_token_id is not None else self.eos_token_id[0] if self.eos_token_id else 0
+
+    def _check_tokens(self, vocab_size: int) -> None:
+        for name in self.field_names():
+            if name.endswith("_token_id"):
+                value = getattr(self, name)
+                for token in value if isinstance(value, tuple) else (value,):
+                    if token is not None and not 0 <= token < vocab_size:
+                        raise RequestError(f"{name}={token}: expected an id below vocab_size={vocab_size:,}")
+
+
+def _refuse_unknown(given: Mapping[str, Any]) -> None:
+    known = Settings.field_names()
+    for name, value in given.items():
+        if name in NEUTRAL:
+            if value is not None and value != NEUTRAL[name]:
+                raise RequestError(f"{name}={value!r}: not supported; leave it out")
+        elif name not in known:
+            raise RequestError(unknown("setting", name, known))
+
+
+def _usable(stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The stored settings that are Lathe's, after refusing those that would change the text and are not."""
+    values = {name: value for name, value in stored.items() if value is not None}
+    undone = {
+        name: value
+        for name, value in values.items()
+        if name in NEUTRAL and name not in given and value != NEUTRAL[name]
+    }
+    if undone:
+        asks = ", ".join(f"{name}={value}" for name, value in undone.items())
+        off = ", ".join(f"{name}={NEUTRAL[name]}" for name in undone)
+        raise RequestError(f"the settings stored with the model ask for {asks}, which Lathe does not do; pass {off}")
+    known = Settings.field_names()
+    strange = [name for name in values if name not in known and name not in NEUTRAL and name not in PASSED_OVER]
+    if strange:
+        log.warning("passed over unknown settings stored with the model: %s", ", ".join(strange))
+    usable = {name: value for name, value in values.items() if name in known}
+    if usable.get("top_k") == 0:
+        usable["top_k"] = None  # as stored files write "every token"
+    return usable
+
+
+def _off(name: str) -> Any:
+    """The value that turns a setting off, or leaves it to its default where it cannot be."""
+    off: dict[str, Any] = {"eos_token_id": (), "temperature": 1.0, "top_p": 1.0, "do_sample": False}
+    off |= {"min_new_tokens": 0, "min_length": 0, "num_return_sequences": 1}
+    return off.get(name)
+
+
+def _refuse_idle(asked: Mapping[str, Any]) -> None:
+    for name in SAMPLING:
+        if name in asked and asked[name] != _off(name):
+            raise RequestError(f"{name}={asked[name]}: nothing is sampled; pass do_sample=True or leave it out")
