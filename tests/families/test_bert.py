@@ -238,9 +238,10 @@ def test_the_heads_proposed_keep_their_width_where_it_divides() -> None:
         changed = read_config({"model_type": "bert"}).with_(**changes)
         return {key: value for each in objections(changed) for key, value in each.changes.items()}
 
-    assert proposed(d_model=512) == {"n_heads": 8, "encoder.attention.n_kv_heads": None}
+    assert proposed(d_model=512) == {"n_heads": 8}
+    assert proposed(d_model=512, n_kv_heads=4) == {"n_heads": 8, "n_kv_heads": None}
     # 64 does not divide 600: of its divisors 12 is the number of heads that there were.
-    assert proposed(d_model=600) == {"n_heads": 12, "d_head": 50, "encoder.attention.n_kv_heads": None}
+    assert proposed(d_model=600) == {"n_heads": 12, "d_head": 50}
 
 
 @pytest.mark.parametrize(

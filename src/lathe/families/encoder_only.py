@@ -84,7 +84,7 @@ def with_defaults(config: Config, defaults: Config) -> dict[str, Any]:
     Raises:
         RequestError: a setting that makes the stock class something else than this encoder.
     """
-    for key in ("is_decoder", "add_cross_attention", "is_encoder_decoder"):
+    for key in ("is_decoder", "add_cross_attention"):
         expect(config, key, False, None)
     expect(config, "position_embedding_type", "absolute", None)
     expect(config, "pruned_heads", {}, None)
@@ -207,18 +207,19 @@ def class_of(head: Head, forms: Forms) -> str:
 
     def likeness(name: str) -> tuple[bool, ...]:
         form = forms[name]
-        ours, theirs = head.pooler, form.pooler
-        same_token = ours is not None and theirs is not None and ours.token == theirs.token
-        same_dense = same_token and (ours.activation is None) == (theirs.activation is None)  # type: ignore[union-attr]
-        return (
-            form.language == (head.language is not None),
-            form.classifier == (head.classifier is not None),
-            ours == theirs,
-            same_dense,
-            same_token,
-        )
+        same_parts = form.language == (head.language is not None), form.classifier == (head.classifier is not None)
+        return (*same_parts, *_alike(head.pooler, form.pooler))
 
     return max(forms, key=likeness)
+
+
+def _alike(one: Pooler | None, other: Pooler | None) -> tuple[bool, bool, bool]:
+    """Whether two poolers are equal; read the same token, with or without a dense layer; read the same token."""
+    if one is None or other is None:
+        return (one == other,) * 3
+    same_token = one.token == other.token
+    same_dense = (one.activation is None) == (other.activation is None)
+    return one == other, same_token and same_dense, same_token
 
 
 # --- why a family cannot hold an architecture
@@ -269,7 +270,9 @@ def heads_fill_the_width(name: str) -> Check:
     def check(architecture: Architecture) -> Objection | None:
         a, d_model = encoder_of(architecture).attention, architecture.d_model
         if a.d_q != d_model:
-            changes = {**heads_that_fit(d_model, a.n_heads, a.d_head), "encoder.attention.n_kv_heads": None}
+            changes: dict[str, Any] = dict(heads_that_fit(d_model, a.n_heads, a.d_head))
+            if a.n_kv_heads is not None:
+                changes["n_kv_heads"] = None
             return Objection(
                 f"n_heads · d_head is {a.n_heads} · {a.d_head} = {a.d_q} and d_model is {d_model}; "
                 f"{name} wants them equal",
