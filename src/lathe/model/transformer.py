@@ -294,7 +294,8 @@ class Transformer(nn.Module):
         head = self.head
         if head.language is not None:
             output.logits = head.language(hidden_BTD[:, -logits_to_keep:], self.embedding.tokens)
-        if head.token is None:
+        # With a cache a forward sees a part of each row, which stands for no sequence.
+        if head.token is None or output.past_key_values is not None:
             return
         pooled = head.pool(hidden_BTD, self._place_to_read(hidden_BTD, ids, mask))
         if head.token != "each":
