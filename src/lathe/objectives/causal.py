@@ -1,0 +1,45 @@
+"""Causal language modelling: each token from those before it (GPT-2 §2; Bengio et al. 2003).
+
+A document is `bos? tokens eos?`, with the marks that the tokenizer has. Position t of the model predicts
+token t + 1, so the labels are the inputs themselves and the model shifts them. The first label of a piece is
+left out: nothing stands before it, and in a packed row its neighbour belongs to another document.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from lathe.objectives.base import IGNORED, IntArray, Objective, Record, Sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Causal(Objective):
+    """Next-token prediction over packed documents."""
+
+    stacks: ClassVar[tuple[str, ...]] = ("decoder",)
+    name: ClassVar[str] = "causal"
+    least: ClassVar[int] = 1
+
+    @property
+    def _marks(self) -> int:
+        return (self.special.bos is not None) + (self.special.eos is not None)
+
+    def window(self, length: int) -> int:
+        """The row, less the marks."""
+        return length - self._marks
+
+    def widths(self, lengths: IntArray) -> tuple[IntArray, IntArray]:
+        """The piece and its marks."""
+        return lengths + self._marks, np.zeros_like(lengths)
+
+    def sample(self, record: Record, rng: np.random.Generator) -> Sample:
+        """Nothing is drawn: the text asks itself."""
+        front = [] if self.special.bos is None else [self.special.bos]
+        back = [] if self.special.eos is None else [self.special.eos]
+        ids = np.concatenate((np.array(front, np.int64), record["text"], np.array(back, np.int64)))
+        labels = ids.copy()
+        labels[0] = IGNORED
+        return Sample(ids, labels)

@@ -1,0 +1,21 @@
+"""Training: one loop for pretraining, fine-tuning and healing."""
+
+from lathe.train.distil import Distillation
+from lathe.train.evaluate import Evaluation, evaluate
+from lathe.train.loop import StepReport, TrainResult, train
+from lathe.train.loss import label_logits, objective_loss
+from lathe.train.settings import OptimizerSettings, ScheduleSettings, TrainSettings
+
+__all__ = [
+    "Distillation",
+    "Evaluation",
+    "OptimizerSettings",
+    "ScheduleSettings",
+    "StepReport",
+    "TrainResult",
+    "TrainSettings",
+    "evaluate",
+    "label_logits",
+    "objective_loss",
+    "train",
+]

@@ -1,0 +1,222 @@
+"""The loop: batches in, gradients, a step, a report; the same for pretraining, fine-tuning and healing.
+
+    result = train(model, batches, TrainSettings(steps=500), evaluation=batches.one_pass(8))
+
+A step takes `accumulate` batches, and its loss is the mean over all their labels: batches that ask more
+count more, so accumulating gives what one large batch would. Dropout is drawn from (seed, step), so a run
+can continue from any step without the state of a generator, and what a caller draws between steps changes
+nothing. The loop prints nothing and writes nothing; whoever wants to know passes `on_step`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from lathe.data.batch import Batch
+from lathe.errors import RequestError
+from lathe.model.attention import AttentionLayer
+from lathe.model.transformer import Transformer
+from lathe.train.evaluate import Evaluation, evaluate
+from lathe.train.health import Health
+from lathe.train.loss import LossFunction, autocast, objective_loss
+from lathe.train.optimiser import make_optimizer
+from lathe.train.schedule import rate
+from lathe.train.settings import TrainSettings
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did."""
+
+    step: int  # counted from 1
+    loss: float  # nats a target
+    lr: float
+    gradient_norm: float  # before clipping
+    tokens: int  # of all steps so far, padding not counted
+    seconds: float  # since the start
+    progress: float  # the share of the budget that is spent
+    evaluation: Evaluation | None = None
+
+
+@dataclass
+class TrainResult:
+    """What a run did; `steps` lists every step's report."""
+
+    steps: list[StepReport] = field(default_factory=list)
+
+    @property
+    def losses(self) -> list[float]:
+        """The loss of each step."""
+        return [report.loss for report in self.steps]
+
+    @property
+    def evaluations(self) -> list[tuple[int, Evaluation]]:
+        """Each evaluation, with the step after which it was made."""
+        return [(r.step, r.evaluation) for r in self.steps if r.evaluation is not None]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens a second over the whole run, evaluation included."""
+        return self.steps[-1].tokens / max(self.steps[-1].seconds, 1e-9) if self.steps else 0.0
+
+
+def train(
+    model: Transformer,
+    batches: Iterable[Batch],
+    settings: TrainSettings,
+    *,
+    loss_fn: LossFunction = objective_loss,
+    evaluation: Sequence[Batch] | None = None,
+    on_step: Callable[[StepReport], None] | None = None,
+) -> TrainResult:
+    """Train `model` in place until its budget is spent or the batches end.
+
+    Args:
+        batches: taken one after another; `lathe.data.Batches` never ends.
+        loss_fn: `(model, batch) -> (mean loss, how many labels)`.
+        evaluation: a fixed set, evaluated with the labels' own loss every `evaluate_every` steps and at the end.
+        on_step: called after each step.
+
+    Raises:
+        LatheError: the loss is no number or has run away; the weights are those before that step.
+        RequestError: nothing to train, or no batch.
+    """
+    fit = getattr(batches, "fit", None)
+    if fit is not None:
+        fit(model.architecture)
+    run = Run(model, settings, loss_fn)
+    source, result = iter(batches), TrainResult()
+    with training(model, settings):
+        while run.progress < 1.0:
+            group = _take(source, settings.accumulate)
+            if not group:
+                break
+            report = run.step(group)
+            if evaluation is not None and run.wants_evaluation():
+                measured = evaluate(model, evaluation, precision=settings.precision)
+                report = StepReport(**{**vars(report), "evaluation": measured})
+            result.steps.append(report)
+            if on_step is not None:
+                on_step(report)
+    if not result.steps:
+        raise RequestError("no batch to train on: the data ended before the first step")
+    if evaluation is not None and result.steps[-1].evaluation is None:
+        measured = evaluate(model, evaluation, precision=settings.precision)
+        result.steps[-1] = StepReport(**{**vars(result.steps[-1]), "evaluation": measured})
+    return result
+
+
+class Run:
+    """The state of a run between two steps: optimiser, counts, health."""
+
+    def __init__(self, model: Transformer, settings: TrainSettings, loss_fn: LossFunction) -> None:
+        self.model, self.settings, self.loss_fn = model, settings, loss_fn
+        self.optimizer = make_optimizer(model, settings.optimizer)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.health = Health(settings.spike)
+        self.steps, self.tokens, self.seconds = 0, 0, 0.0
+
+    @property
+    def progress(self) -> float:
+        """Which share of the budget is spent; of several budgets, of the one that ends first."""
+        s = self.settings
+        spent = ((self.steps, s.steps), (self.tokens, s.tokens), (self.seconds, s.seconds))
+        return max(done / budget for done, budget in spent if budget is not None)
+
+    def wants_evaluation(self) -> bool:
+        """Whether the step just made is one after which to evaluate."""
+        every = self.settings.evaluate_every
+        return self.progress >= 1.0 or (every is not None and self.steps % every == 0)
+
+    def step(self, group: Sequence[Batch]) -> StepReport:
+        """One step on these batches: gradients of all, then one move of the weights."""
+        started = time.perf_counter()
+        lr = self.settings.optimizer.lr * rate(self.settings.schedule, self.steps, self.progress)
+        torch.manual_seed(_mix(self.settings.seed, self.steps))
+        loss = self._backward(group)
+        norm = self._clip()
+        self.health.check(self.steps + 1, loss, norm, group[0].name or "no name")
+        for params in self.optimizer.param_groups:
+            params["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+        self.tokens += sum(batch.tokens for batch in group)
+        self.seconds += time.perf_counter() - started
+        return StepReport(self.steps, loss, lr, norm, self.tokens, self.seconds, min(self.progress, 1.0))
+
+    def _backward(self, group: Sequence[Batch]) -> float:
+        """Gradients of the mean loss over every label of the group; that loss."""
+        total, targets = 0.0, 0
+        for batch in group:
+            moved = batch.to(self.model.device)
+            with autocast(self.model.device, self.settings.precision):
+                loss, n = self.loss_fn(self.model, moved)
+            (loss if len(group) == 1 else loss * n).backward()
+            total, targets = total + loss.item() * n, targets + n
+        if not targets:
+            raise RequestError(f"the batch {group[0].name!r} asks no label: nothing to learn from")
+        if len(group) > 1:
+            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], 1.0 / targets)
+        return total / targets
+
+    def _clip(self) -> float:
+        limit = self.settings.optimizer.clip
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if limit is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
+        return norm.item()
+
+
+@contextmanager
+def training(model: Transformer, settings: TrainSettings) -> Iterator[None]:
+    """The model in training mode as the settings want it; everything as it was afterwards.
+
+    The generators of the process are put back too: a run leaves no trace in what a caller draws next.
+    """
+    was_training = model.training
+    stacks = [stack for stack in (model.encoder, model.decoder) if stack is not None]
+    checkpointing = [stack.checkpointing for stack in stacks]
+    dropouts = dropout_of(model)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        model.train()
+        if settings.checkpointing:
+            model.set_checkpointing(True)
+        if settings.dropout is not None:
+            set_dropout(dict.fromkeys(dropouts, settings.dropout))
+        try:
+            yield
+        finally:
+            model.train(was_training)
+            for stack, was in zip(stacks, checkpointing):
+                stack.checkpointing = was
+            set_dropout(dropouts)
+
+
+def dropout_of(model: nn.Module) -> dict[nn.Module, float]:
+    """Every module that drops something, and the probability with which it does."""
+    dropping: dict[nn.Module, float] = {m: m.p for m in model.modules() if isinstance(m, nn.Dropout)}
+    return dropping | {m: m.dropout for m in model.modules() if isinstance(m, AttentionLayer)}
+
+
+def set_dropout(probabilities: Mapping[nn.Module, float]) -> None:
+    """Give modules that `dropout_of` found other probabilities."""
+    for module, p in probabilities.items():
+        setattr(module, "dropout" if isinstance(module, AttentionLayer) else "p", p)
+
+
+def _take(source: Iterator[Batch], count: int) -> list[Batch]:
+    return [batch for _, batch in zip(range(count), source)]
+
+
+def _mix(seed: int, step: int) -> int:
+    # Far apart for near steps and seeds, and below 2^63, which is what every backend's generator takes.
+    return ((seed * 0x9E3779B97F4A7C15) ^ (step * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB)) & (2**63 - 1)

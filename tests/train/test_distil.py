@@ -1,0 +1,72 @@
+"""Distillation: the divergence from a teacher, and that the loop learns from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from lathe.errors import RequestError
+from lathe.model.transformer import Transformer
+from lathe.train import Distillation, OptimizerSettings, TrainSettings, label_logits, objective_loss, train
+
+
+@pytest.mark.parametrize("name", ["t5", "bert", "gpt2"])
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(shape: Callable, batches: Callable, name: str):
+    model = Transformer(shape(name)[0], seed=0).eval()
+    batch = next(batches(name))
+    for top_k in (None, 5):
+        loss, targets = Distillation(model, weight=1.0, temperature=2.0, top_k=top_k)(model, batch)
+        assert loss.item() == pytest.approx(0.0, abs=1e-5)
+        assert targets == batch.targets
+
+
+def test_the_loss_is_the_weighted_sum(shape: Callable, batches: Callable):
+    teacher = Transformer(shape("t5")[0], seed=1).eval()
+    student = Transformer(shape("t5")[0], seed=0).eval()
+    batch = next(batches("t5"))
+    wanted = label_logits(student, batch)[0].double()
+    seen = label_logits(teacher, batch)[0].double()
+    for temperature in (1.0, 2.0):
+        p, q = (seen / temperature).softmax(-1), (wanted / temperature).softmax(-1)
+        divergence = (p * (p / q).log()).sum(-1).mean() * temperature**2
+        hard = objective_loss(student, batch)[0]
+        loss, _ = Distillation(teacher, weight=0.25, temperature=temperature)(student, batch)
+        assert loss.item() == pytest.approx(0.25 * divergence.item() + 0.75 * hard.item(), rel=1e-5)
+
+
+def test_the_rest_counts_as_one_token(shape: Callable, batches: Callable):
+    teacher = Transformer(shape("gpt2")[0], seed=1).eval()
+    student = Transformer(shape("gpt2")[0], seed=0).eval()
+    batch = next(batches("gpt2"))
+    p, q = (label_logits(each, batch)[0].double().softmax(-1) for each in (teacher, student))
+    likeliest = p.topk(3, dim=-1).indices
+    p, q = p.gather(-1, likeliest), q.gather(-1, likeliest)
+    p, q = (torch.cat((each, 1 - each.sum(-1, keepdim=True)), -1) for each in (p, q))
+    loss, _ = Distillation(teacher, weight=1.0, top_k=3)(student, batch)
+    assert loss.item() == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-4)
+
+
+def test_the_loop_moves_the_student_towards_its_teacher(shape: Callable, batches: Callable):
+    teacher = Transformer(shape("gpt2")[0], seed=1).eval()
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    student = Transformer(shape("gpt2")[0], seed=0)
+    settings = TrainSettings(steps=30, optimizer=OptimizerSettings(lr=3e-3))
+    result = train(student, batches("gpt2"), settings, loss_fn=Distillation(teacher, weight=1.0))
+    assert result.losses[-1] < 0.5 * result.losses[0]
+    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
+
+
+def test_what_cannot_be_is_refused(shape: Callable, batches: Callable):
+    teacher = Transformer(shape("gpt2")[0], seed=1).eval()
+    for values, words in (
+        ({"weight": 1.5}, "weight=1.5"),
+        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"top_k": 64}, "top_k=64"),
+    ):
+        with pytest.raises(RequestError, match=words):
+            Distillation(teacher, **values)
+    student = Transformer(shape("gpt2")[0].with_(vocab_size=70), seed=0)
+    with pytest.raises(RequestError, match="student's vocabulary is 70 and the teacher's 64"):
+        Distillation(teacher)(student, next(batches("gpt2")))
