@@ -3,7 +3,8 @@
 The embedding is always lifted by a matrix, even where it is as wide as the model. The stock classes run
 `num_hidden_layers · inner_group_num` layers: `num_hidden_groups` runs of equal length, each with
 `inner_group_num` sets of weights that it goes through in turn. So they hold whole layers that are shared in
-groups, in cycles, or not at all, and none that share their attention or their feed-forward alone.
+groups, in cycles, or not at all, and none that share their attention or their feed-forward alone. (Transformers
+4 opens but cannot run a cycle that is longer than a group's number of runs; 5 can.)
 
 `AlbertForPreTraining` judges the order of two sentences (§3.1) beside the masked tokens. ALBERT's stock layers
 drop what the attention adds and not what the feed-forward adds; Lathe drops both alike, in training alone.
