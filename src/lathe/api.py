@@ -164,17 +164,16 @@ class Model(Transformer):
             import transformers
         except ImportError:
             raise RequestError("to_transformers needs the package transformers; pip install transformers") from None
-        config = write_config(self.architecture)
+        config = write_config(self.architecture, self.config)
         source = holder(self.architecture)
         assert source is not None
-        stock = {**{k: v for k, v in self.config.items() if k not in ("dtype", "torch_dtype")}, **config}
         kind = getattr(transformers, config["architectures"][0])
         tensors = self.tensors()
         disk = {
             name: fuse(entry, [tensors[ours] for ours in entry.ours]).clone()
             for name, _, entry in to_disk(source, self.architecture)
         }
-        made = kind.from_pretrained(None, config=kind.config_class(**stock), state_dict=disk, dtype=self.dtype)
+        made = kind.from_pretrained(None, config=kind.config_class(**config), state_dict=disk, dtype=self.dtype)
         return made.to(self.device).train(self.training)
 
 

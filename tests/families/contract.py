@@ -397,6 +397,18 @@ class FamilyContract:
             back = back.with_(tied=False)  # what the stock config may have forgotten, the stored head says
         assert back == twin.architecture
 
+    @once_per_class
+    def test_what_came_with_the_config_is_kept(self, twin: Twin, tmp_path: Path) -> None:
+        labels = twin.architecture.head.classifier
+        names = {str(i): f"feeling {i}" for i in range(labels.n_labels)} if labels is not None else {"0": "x"}
+        came = {**twin.config, "something_of_the_owner": 7, "id2label": names}
+        came["label2id"] = {name: int(i) for i, name in names.items()}
+        lathe.load(write_directory(tmp_path / "in", came, twin.tensors)).save(tmp_path / "out")
+        written = read_json(tmp_path / "out" / "config.json")
+        assert written["something_of_the_owner"] == 7
+        assert written["id2label"] == names
+        assert written["label2id"] == came["label2id"]
+
     # Objects
 
     @once_per_class

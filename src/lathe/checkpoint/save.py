@@ -98,12 +98,8 @@ def save_checkpoint(
 def _stock_config(
     architecture: Architecture, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    written = write_config(architecture)
-    kept = dict(config or {}) if (config or {}).get("model_type") == written["model_type"] else {}
-    for stale in ("torch_dtype", "_name_or_path"):
-        kept.pop(stale, None)
     dtype = str(tensors["embedding.tokens.weight"].dtype).removeprefix("torch.")
-    return {**kept, **written, "dtype": dtype}
+    return {**write_config(architecture, config), "dtype": dtype}
 
 
 def _stock_tensors(architecture: Architecture, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -72,8 +72,12 @@ def holder(architecture: Architecture) -> Family | None:
     return family(architecture.family)
 
 
-def write_config(architecture: Architecture) -> dict[str, Any]:
+def write_config(architecture: Architecture, came_with: Config | None = None) -> dict[str, Any]:
     """The `config.json` of an architecture that its family can hold.
+
+    Args:
+        came_with: the config that the model was read with. Its keys that Lathe does not write are kept, and the
+            names of its labels where their number still is the same.
 
     Raises:
         RequestError: where the family cannot, with the reasons.
@@ -83,4 +87,14 @@ def write_config(architecture: Architecture) -> dict[str, Any]:
         raise RequestError(
             f"{architecture.family or 'no family'} cannot hold this: {'; '.join(reasons) or 'no family is named'}"
         )
-    return family(architecture.family).write(architecture)
+    written = family(architecture.family).write(architecture)
+    if not came_with or came_with.get("model_type") != written["model_type"]:
+        return written
+    kept = {key: value for key, value in came_with.items() if key not in _STALE}
+    if len(kept.get("id2label") or ()) == len(written.get("id2label", ())):
+        written = {key: value for key, value in written.items() if key not in ("id2label", "label2id")}
+    return {**kept, **written}
+
+
+# Keys that say again, or of the old file, what the written ones say.
+_STALE = ("dtype", "torch_dtype", "_name_or_path", "num_labels")
