@@ -276,6 +276,9 @@ MODEL_TYPES = {
     "t5": "T5Tokenizer",
 }
 
+# Of these, transformers takes a tokenizer.json as it stands unless a tokenizer_config.json names a class.
+GENERIC_TYPES = ("llama", "mistral")
+
 
 @dataclass(frozen=True)
 class Recipe:

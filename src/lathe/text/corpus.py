@@ -30,13 +30,16 @@ def read_lines(corpus: Corpus) -> Iterator[str]:
         raise RequestError("the corpus is one string: pass a list of texts, or a pathlib.Path for a file")
     parts: Iterable[str | os.PathLike[str]] = [corpus] if isinstance(corpus, os.PathLike) else corpus
     found = False
+    files: list[str] = []
     for number, part in enumerate(parts):
+        if isinstance(part, os.PathLike):
+            files.append(os.fspath(part))
         for line in _lines(part, number):
             if line.strip():
                 found = True
                 yield line
     if not found:
-        named = f" ({os.fspath(corpus)})" if isinstance(corpus, os.PathLike) else ""
+        named = f" ({', '.join(files[:3])}{', …' if len(files) > 3 else ''})" if files else ""
         raise RequestError(f"the corpus{named} is empty: there is no text to train a tokenizer on")
 
 

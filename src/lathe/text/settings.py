@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from lathe.errors import RequestError
 from lathe.text import files as names
-from lathe.text.conventions import ALIASES, CLASSES, MODEL_TYPES, RECIPES, ROLES, TokenizerClass, derived
+from lathe.text.conventions import ALIASES, CLASSES, GENERIC_TYPES, MODEL_TYPES, RECIPES, ROLES, TokenizerClass, derived
 
 Side = Literal["left", "right"]
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
@@ -42,8 +42,8 @@ class Settings:
     """What the files say.
 
     Attributes:
-        tokenizer_class: the class by its name, None where it is not one of `conventions`.
-        rules: what that class does.
+        tokenizer_class: the class by its name, None where nothing says.
+        rules: what that class does, None where it is not one of `conventions`.
         options: the settings that its pipeline listens to.
         roles: the special tokens by role.
         listed: the tokens that the files list with their ids.
@@ -81,8 +81,15 @@ def read_settings(files: Mapping[str, bytes], *, convention: str | None, model_t
         RequestError: an unreadable file, a setting of the wrong kind, an unknown convention.
     """
     config = names.read_json(files, names.CONFIG)
-    name = _class_name(config, convention, model_type)
+    name = _class_name(config, convention, model_type, names.TOKENIZER in files)
     rules = CLASSES.get(name) if name else None
+    # Llama 3 came with the class of Llama 1 and 2, which cut text in another way.
+    if (
+        rules is not None
+        and rules.model not in ("bytes", "wordpiece")
+        and b'"ByteLevel"' in files.get(names.TOKENIZER, b"")
+    ):
+        name, rules = None, None
     if "added_tokens_decoder" not in config:
         config = {**config, **names.read_json(files, names.SPECIAL_TOKENS)}
     options = {
@@ -113,7 +120,9 @@ def read_model_type(files: Mapping[str, bytes]) -> str | None:
     return kind if isinstance(kind, str) else None
 
 
-def _class_name(config: Mapping[str, Any], convention: str | None, model_type: str | None) -> str | None:
+def _class_name(
+    config: Mapping[str, Any], convention: str | None, model_type: str | None, spelt_out: bool
+) -> str | None:
     if convention is not None:
         name = RECIPES[convention].tokenizer_class if convention in RECIPES else convention
         name = ALIASES.get(name, name)
@@ -123,9 +132,12 @@ def _class_name(config: Mapping[str, Any], convention: str | None, model_type: s
         return name
     named = config.get("tokenizer_class")
     if isinstance(named, str):
-        named = named.removesuffix("Fast")
-        return ALIASES.get(named, named)
-    return MODEL_TYPES.get(model_type) if model_type else None
+        plain = named.removesuffix("Fast")
+        plain = ALIASES.get(plain, plain)
+        return plain if plain in CLASSES else named
+    if model_type is None or (spelt_out and model_type in GENERIC_TYPES):
+        return None
+    return MODEL_TYPES.get(model_type)
 
 
 def _roles(config: Mapping[str, Any], rules: TokenizerClass | None) -> dict[str, Token]:

@@ -102,7 +102,7 @@ def merges(pieces: tuple[Piece, ...]) -> list[tuple[str, str]]:
 def _parse(data: bytes, name: str) -> SentencePieceModel:
     pieces: list[Piece] = []
     trainer: bytes | None = None
-    normalizer = b""
+    normalizer: bytes | None = None
     for field, value in _fields(data):
         if field == 1:
             pieces.append(_piece(_bytes(value)))
@@ -111,8 +111,8 @@ def _parse(data: bytes, name: str) -> SentencePieceModel:
         elif field == 3:
             normalizer = _bytes(value)
     # The settings follow the pieces, so a file without them is cut short.
-    if trainer is None or not pieces:
-        raise ValueError("no pieces or no trainer_spec")
+    if trainer is None or normalizer is None or not pieces:
+        raise ValueError("no pieces or no settings")
     settings = dict(_fields(trainer))
     model = _MODELS.get(_number(settings.get(3, 1)))
     if model is None:

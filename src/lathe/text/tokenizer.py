@@ -99,16 +99,14 @@ class Tokenizer:
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the tokenizer's files into a directory, which is made if need be.
 
-        Files that were loaded are written byte for byte. If they lack a `tokenizer_config.json`, one is added, so
-        that `transformers.AutoTokenizer` knows their class without a model beside them.
+        Files that were loaded are written byte for byte, but for a `tokenizer_config.json` that names no class, or
+        is missing. The class was then known from the model's `config.json`; it is added, so that the tokenizer
+        stays what it is without that file.
 
         Raises:
             RequestError: another tokenizer is there already, or the directory cannot be written to.
         """
-        files = dict(self._files)
-        if names.CONFIG not in files and self._settings.tokenizer_class is not None:
-            files[names.CONFIG] = names.to_json({"tokenizer_class": self._settings.tokenizer_class})
-        names.write(files, Path(directory).expanduser())
+        names.write(self.files, Path(directory).expanduser())
 
     # --- what it is made of ----------------------------------------------------------------------------
 
@@ -118,6 +116,15 @@ class Tokenizer:
     def __repr__(self) -> str:
         model = type(self._engine.model).__name__
         return f"Tokenizer({model}, vocab_size={self.vocab_size}, special={self._settings.roles})"
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """The files that it is made of, by name; what `save` writes."""
+        config = names.read_json(self._files, names.CONFIG)
+        if config.get("tokenizer_class") is not None or self._settings.tokenizer_class is None:
+            return dict(self._files)
+        named = names.to_json({**config, "tokenizer_class": self._settings.tokenizer_class})
+        return {**self._files, names.CONFIG: named}
 
     @cached_property
     def vocabulary(self) -> dict[str, int]:
@@ -200,6 +207,12 @@ class Tokenizer:
         stated = self._settings.token_types
         # Where no file and no class says, the tokens set around a pair do.
         return any(self._engine.encode("a", "b").type_ids) if stated is None else stated
+
+    @cached_property
+    def spells_bytes(self) -> bool:
+        """Whether every piece is a row of bytes, each written as one character (GPT-2's byte-level BPE)."""
+        decoder = self._engine.decoder
+        return decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
 
     # --- text and ids ------------------------------------------------------------------------------------
 

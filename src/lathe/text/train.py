@@ -37,9 +37,21 @@ from lathe.text.spiece import parse
 from lathe.text.tokenizer import Tokenizer
 from lathe.text.wordpiece import count_words, too_large, train_bytes, train_wordpiece
 
+_KINDS: dict[str, tuple[Any, str]] = {
+    "sentinels": (int, "a whole number"),
+    "byte_fallback": (bool, "true or false"),
+    "character_coverage": ((int, float), "a number"),
+    "normalisation": (str, "the name of a rule"),
+    "lowercase": (bool, "true or false"),
+    "strip_accents": (bool, "true or false"),
+    "max_lines": (int, "a whole number"),
+    "seed": (int, "a whole number"),
+}
+
 NORMALISATIONS = ("nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf", "identity")
 GENERIC_CLASS = "PreTrainedTokenizerFast"
 
+_MOST_TOKENS = 1 << 22  # the trainers set room aside for all of them at once
 _THREADS = 4
 _SILENT = 3  # SentencePiece's log level past every message
 _LONGEST_LINE = 1 << 30  # in bytes; its own limit drops longer lines without a word
@@ -92,27 +104,24 @@ def train_tokenizer(
 
     Example:
         >>> from lathe.text import train_tokenizer
-        >>> tokenizer = train_tokenizer(["to be or not to be"] * 9, 40, byte_fallback=False, sentinels=2)
+        >>> tokenizer = train_tokenizer(["to be or not to be"] * 9, 13, byte_fallback=False, sentinels=2)
         >>> tokenizer.vocab_size, tokenizer.decode(tokenizer.encode("to be"))
-        (40, 'to be')
+        (13, 'to be')
     """
-    if convention not in RECIPES:
-        raise RequestError(f"convention={convention!r}: expected one of {', '.join(RECIPES)}")
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 1:
-        raise RequestError(f"vocab_size={vocab_size!r}: expected a whole number of at least 1")
-    recipe = RECIPES[convention]
-    pieces = recipe.normalisation is not None  # whether SentencePiece trains it
-    _refuse(convention, "sentinels", sentinels, recipe.sentinels is not None)
-    _refuse(convention, "byte_fallback", byte_fallback, pieces)
-    _refuse(convention, "normalisation", normalisation, pieces)
-    _refuse(convention, "character_coverage", character_coverage, recipe.models != ("bytes",))
-    _refuse(convention, "lowercase", lowercase, "do_lower_case" in recipe.settings)
-    _refuse(convention, "strip_accents", strip_accents, "do_lower_case" in recipe.settings)
-    _refuse(convention, "seed", seed or None, max_lines is not None, " without max_lines")
-    if character_coverage is not None and not 0.98 <= character_coverage <= 1:
-        raise RequestError(f"character_coverage={character_coverage!r}: expected 0.98 to 1")
+    recipe = _recipe(convention, vocab_size)
+    _check(
+        convention,
+        recipe,
+        sentinels=sentinels,
+        byte_fallback=byte_fallback,
+        character_coverage=character_coverage,
+        normalisation=normalisation,
+        lowercase=lowercase,
+        strip_accents=strip_accents,
+        max_lines=max_lines,
+        seed=seed,
+    )
     chosen = _choose("model", model, recipe.models)
-    rule = _choose("normalisation", normalisation, (recipe.normalisation, *NORMALISATIONS)) if pieces else None
     config = _config(recipe, lowercase, strip_accents, recipe.sentinels if sentinels is None else sentinels)
     lines = _sampled(corpus, max_lines, seed)
     if chosen == "wordpiece":
@@ -124,7 +133,7 @@ def train_tokenizer(
         "model_type": chosen,
         "byte_fallback": fallback,
         "character_coverage": character_coverage or 0.9995,
-        "normalization_rule_name": rule,
+        "normalization_rule_name": _choose("normalisation", normalisation, (recipe.normalisation, *NORMALISATIONS)),
         "remove_extra_whitespaces": not recipe.lossless,
         "allow_whitespace_only_pieces": recipe.lossless,
         "split_digits": recipe.lossless,
@@ -171,7 +180,7 @@ def _sentencepiece(lines: Iterable[str], vocab_size: int, sentinels: int, argume
     except (RuntimeError, ValueError, OSError) as error:
         if feed.error is not None:
             raise feed.error from None
-        _explain(error, vocab_size, sentinels)
+        _explain(error, vocab_size, sentinels, arguments)
     return result.getvalue()
 
 
@@ -190,17 +199,18 @@ class _Feed:
             raise
 
 
-def _explain(error: Exception, vocab_size: int, sentinels: int) -> NoReturn:
+def _explain(error: Exception, vocab_size: int, sentinels: int, arguments: dict[str, Any]) -> NoReturn:
     """Say in one line what SentencePiece found wrong."""
     message = str(error)
     asked = vocab_size + sentinels
     if too_high := re.search(r"Vocabulary size too high .* <= (\d+)", message):
         raise too_large(asked, int(too_high[1]) + sentinels) from error
     if too_low := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        least = int(too_low[1]) + sentinels
+        fallback = bool(arguments["byte_fallback"])
+        parts = ["special tokens", *["sentinels"] * bool(sentinels), *["bytes"] * fallback, "characters"]
         raise RequestError(
-            f"vocab_size={asked} is too small: special tokens, sentinels, bytes and characters take {least}; ask for "
-            "more than that, or lower character_coverage, or pass byte_fallback=False"
+            f"vocab_size={asked} is too small: {', '.join(parts)} take {int(too_low[1]) + sentinels}; ask for that at "
+            f"least, or lower character_coverage{' or pass byte_fallback=False' if fallback else ''}"
         ) from error
     if "sentences_.empty()" in message or "all_chars_count" in message:
         raise RequestError("the corpus is empty: normalisation leaves none of its characters") from error
@@ -278,10 +288,42 @@ def _bare_engine(rules: TokenizerClass, config: dict[str, Any]) -> Any:
 # --- arguments, settings, files --------------------------------------------------------------------------
 
 
-def _refuse(convention: str, name: str, value: object, useful: bool, why: str | None = None) -> None:
-    if value is not None and not useful:
-        why = f" with convention={convention!r}" if why is None else why
-        raise RequestError(f"{name}={value!r} has no effect{why}: leave it out")
+def _recipe(convention: str, vocab_size: object) -> Recipe:
+    if convention not in RECIPES:
+        raise RequestError(f"convention={convention!r}: expected one of {', '.join(RECIPES)}")
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or not 1 <= vocab_size <= _MOST_TOKENS:
+        raise RequestError(f"vocab_size={vocab_size!r}: expected a whole number from 1 to {_MOST_TOKENS:,}")
+    return RECIPES[convention]
+
+
+def _check(convention: str, recipe: Recipe, **asked: Any) -> None:
+    """Refuse arguments of the wrong kind, out of range, or without effect for this convention."""
+    for name, value in asked.items():
+        if value is None:
+            continue
+        kind, expected = _KINDS[name]
+        # True is a whole number to Python, but nobody means it as one.
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise RequestError(f"{name}={value!r}: expected {expected}")
+    pieces = recipe.normalisation is not None  # whether SentencePiece trains it
+    useful = {
+        "sentinels": recipe.sentinels is not None,
+        "byte_fallback": pieces,
+        "normalisation": pieces,
+        "character_coverage": recipe.models != ("bytes",),
+        "lowercase": "do_lower_case" in recipe.settings,
+        "strip_accents": "do_lower_case" in recipe.settings,
+    }
+    for name, has_effect in useful.items():
+        if asked[name] is not None and not has_effect:
+            raise RequestError(f"{name}={asked[name]!r} has no effect with convention={convention!r}: leave it out")
+    if asked["seed"] != 0 and asked["max_lines"] is None:
+        raise RequestError(f"seed={asked['seed']} has no effect without max_lines: leave it out")
+    if asked["character_coverage"] is not None and not 0.98 <= asked["character_coverage"] <= 1:
+        raise RequestError(f"character_coverage={asked['character_coverage']!r}: expected 0.98 to 1")
+    for name, least in (("sentinels", 0), ("max_lines", 1)):
+        if asked[name] is not None and asked[name] < least:
+            raise RequestError(f"{name}={asked[name]}: expected at least {least}")
 
 
 def _choose(name: str, asked: str | None, known: Iterable[str | None]) -> str:
@@ -294,8 +336,6 @@ def _choose(name: str, asked: str | None, known: Iterable[str | None]) -> str:
 def _sampled(corpus: Corpus, max_lines: int | None, seed: int) -> Iterator[str]:
     lines = read_lines(corpus)
     if max_lines is not None:
-        if max_lines < 1:
-            raise RequestError(f"max_lines={max_lines}: expected at least 1")
         return iter(sample(lines, max_lines, seed))
     # The first line is read now, so that a corpus that is not there says so before anything starts.
     first = next(lines)
@@ -315,8 +355,6 @@ def _config(
         else:
             config["strip_accents"] = strip_accents
     if sentinels is not None:
-        if sentinels < 0:
-            raise RequestError(f"sentinels={sentinels}: expected 0 or more")
         config["extra_ids"] = sentinels
     return config
 
@@ -342,7 +380,7 @@ def _role(recipe: Recipe, role: str) -> str | dict[str, Any] | None:
     token = recipe.tokens.get(role)
     if role not in recipe.takes_space:
         return token
-    return {"content": token, "lstrip": True, "normalized": False, "special": True}
+    return {"__type": "AddedToken", "content": token, "lstrip": True, "normalized": False, "special": True}
 
 
 def _read(settings: dict[str, Any], recipe: Recipe) -> Settings:
@@ -351,7 +389,11 @@ def _read(settings: dict[str, Any], recipe: Recipe) -> Settings:
 
 
 def _finished(document: pipeline.Document, settings: dict[str, Any], vocabulary: dict[str, bytes]) -> Tokenizer:
-    special = {key: value for key, value in settings.items() if key.endswith("_token") and value is not None}
+    special = {
+        key: {k: v for k, v in value.items() if k not in ("__type", "special")} if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if key.endswith("_token") and value is not None
+    }
     return Tokenizer.from_files(
         {
             names.TOKENIZER: names.to_json(document),
