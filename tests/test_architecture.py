@@ -67,6 +67,11 @@ class TestWith:
         changed = preset("t5-small").with_({"encoder.n_layers": 4})
         assert [stack.n_layers for _, stack in changed.stacks] == [4, 6]
 
+    def test_a_smaller_vocabulary_forgets_the_ids_it_lost_and_keeps_the_others(self) -> None:
+        small = preset("bart-base").with_(vocab_size=1000).tokens
+        assert (small.pad, small.bos, small.eos, small.mask) == (1, 0, (2,), None)
+        assert preset("gpt2").with_(vocab_size=1000).tokens.eos == ()
+
     def test_the_original_stays(self) -> None:
         before = preset("gpt2")
         before.with_(d_model=64)
@@ -108,7 +113,7 @@ class TestWith:
             ({".": 4}, "unknown field"),
             ({"n_layers": 0}, "encoder.n_layers=0: expected a whole number"),
             ({"n_heads": 12, "n_kv_heads": 5}, "n_kv_heads=5: expected a divisor of n_heads=12"),
-            ({"vocab_size": 1}, "tokens.eos[0]=1: expected an id below vocab_size=1"),
+            ({"vocab_size": 9, "tokens.eos": (9,)}, "tokens.eos[0]=9: expected an id below vocab_size=9"),
             ({"sharing": "some"}, "sharing='some': expected none, all"),
             ({"sharing": "groups:4"}, "6 layers cannot be split into 4 equal group(s)"),
             ({"activation": "gelo"}, "activation='gelo': expected one of relu, gelu"),

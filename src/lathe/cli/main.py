@@ -26,7 +26,9 @@ from lathe._version import __version__
 from lathe.errors import LatheError, RequestError
 
 # The verbs, in the order that `lathe --help` lists them, and the module of each.
-VERBS: dict[str, str] = {}
+VERBS: dict[str, str] = {
+    "quickstart": "lathe.cli.quickstart",
+}
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130

@@ -82,10 +82,14 @@ def moments(model: Transformer, batches: Iterable[Batch], norms: Iterable[str], 
 
 def _tokens(x: Tensor, norm: str, batch: Batch) -> Tensor:
     """Which rows of a norm's input are tokens, flattened; pads would count as text otherwise."""
-    mask = batch.get("decoder_attention_mask" if norm.startswith("decoder") and "labels" in batch else "attention_mask")
-    if mask is None or tuple(mask.shape) != tuple(x.shape[:2]):
-        return torch.ones(x.shape[:-1].numel(), dtype=torch.bool)
-    return mask.bool().flatten().cpu()
+    side = "decoder_" if norm.startswith("decoder") and "decoder_input_ids" in batch else ""
+    counted = torch.ones(x.shape[:-1], dtype=torch.bool)
+    mask, segments = batch.get(f"{side}attention_mask"), batch.get(f"{side}segment_ids")
+    if mask is not None and mask.shape == counted.shape:
+        counted &= mask.cpu().bool()
+    if segments is not None and segments.shape == counted.shape:
+        counted &= segments.cpu() >= 0  # packed rows number their pads −1
+    return counted.flatten()
 
 
 @contextmanager
