@@ -51,7 +51,7 @@ def make_prompt(
 
     Args:
         name: what the caller calls the ids, for the error's sake.
-        mask_BT: made from the pads among the ids where left out, as `transformers` does.
+        mask_BT: made from the pads among the ids where left out, as `transformers` does (5 for decoders, 4 for all).
 
     Raises:
         RequestError: no tokens, ids outside the vocabulary, or a mask that does not fit them.

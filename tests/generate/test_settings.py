@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+
+import lathe
+from lathe.errors import RequestError
+from lathe.generate import Settings
+
+GPT2 = lathe.preset("gpt2")
+T5 = lathe.preset("t5-small")
+
+
+def resolve(given: dict[str, Any] | None = None, stored: dict[str, Any] | None = None) -> Settings:
+    return Settings.resolve(GPT2, given or {}, stored)
+
+
+def test_the_architectures_tokens_serve_where_nothing_else_is_said() -> None:
+    settings = Settings.resolve(T5, {})
+    assert (settings.pad_token_id, settings.eos_token_id, settings.decoder_start_token_id) == (0, (1,), 0)
+    assert not settings.do_sample
+    assert settings.max_new_tokens is settings.max_length is None
+
+
+def test_a_call_goes_before_the_stored_settings_and_those_before_the_tokens() -> None:
+    stored = {"eos_token_id": [5, 6], "do_sample": True, "temperature": 0.5, "top_p": 0.9, "max_new_tokens": 7}
+    settings = resolve({"temperature": 2.0}, stored)
+    assert settings.eos_token_id == (5, 6)
+    assert (settings.temperature, settings.top_p, settings.top_k, settings.max_new_tokens) == (2.0, 0.9, 50, 7)
+    assert resolve({"eos_token_id": 9}, stored).eos_token_id == (9,)
+    assert resolve({}, {"eos_token_id": None}).eos_token_id == (50256,)
+
+
+def test_none_turns_a_setting_off() -> None:
+    settings = resolve(
+        {"eos_token_id": None, "top_k": None, "top_p": None, "temperature": None, "do_sample": True},
+        {"top_k": 3, "top_p": 0.5, "temperature": 0.5},
+    )
+    assert (settings.eos_token_id, settings.top_k, settings.top_p, settings.temperature) == ((), None, 1.0, 1.0)
+    assert settings.filler == 0
+
+
+def test_greedy_choice_drops_the_stored_sampling_and_refuses_the_callers() -> None:
+    settings = resolve({"do_sample": False}, {"do_sample": True, "temperature": 0.5, "top_p": 0.3})
+    assert (settings.do_sample, settings.temperature, settings.top_p) == (False, 1.0, 1.0)
+    for name, value in (("temperature", 0.5), ("top_k", 4), ("top_p", 0.5)):
+        with pytest.raises(RequestError, match=f"{name}={value}: nothing is sampled; pass do_sample=True"):
+            resolve({name: value})
+
+
+def test_the_length_asked_for_goes_before_the_other_one_stored() -> None:
+    assert resolve({"max_length": 9}, {"max_new_tokens": 4}).max_new_tokens is None
+    settings = resolve({"max_new_tokens": 4}, {"max_length": 9})
+    assert settings.max_new_tokens == 4
+    with pytest.raises(RequestError, match="were both given"):
+        resolve({"max_new_tokens": 4, "max_length": 9})
+
+
+def test_settings_of_transformers_that_do_nothing_are_let_through() -> None:
+    resolve({"num_beams": 1, "use_cache": True, "repetition_penalty": 1.0, "return_dict_in_generate": None})
+    stored = {"num_beams": 1, "early_stopping": True, "length_penalty": 2.0, "_from_model_config": True}
+    assert resolve({}, {**stored, "transformers_version": "4.57.0", "top_k": 0, "do_sample": True}).top_k is None
+
+
+def test_stored_settings_that_lathe_does_not_do_are_refused_by_name_and_can_be_turned_off() -> None:
+    stored = {"num_beams": 4, "no_repeat_ngram_size": 3, "early_stopping": True}
+    with pytest.raises(RequestError) as error:
+        resolve({}, stored)
+    assert "ask for num_beams=4, no_repeat_ngram_size=3" in str(error.value)
+    assert "pass num_beams=1, no_repeat_ngram_size=0" in str(error.value)
+    assert not resolve({"num_beams": 1, "no_repeat_ngram_size": 0}, stored).do_sample
+
+
+def test_stored_settings_that_nobody_knows_are_passed_over_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="lathe"):
+        resolve({}, {"of_the_future": 3})
+    assert "of_the_future" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"temprature": 0.5}, "unknown setting 'temprature'"),
+        ({"temprature": 0.5}, "did you mean 'temperature'?"),
+        ({"num_beams": 4}, "num_beams=4: not supported"),
+        ({"use_cache": False}, "use_cache=False: not supported"),
+        ({"stop_strings": ["."]}, "stop_strings"),
+        ({"do_sample": True, "temperature": 0.0}, "temperature=0.0: expected more than 0; for the likeliest"),
+        ({"do_sample": True, "temperature": -1.0}, "temperature=-1.0"),
+        ({"do_sample": True, "temperature": float("nan")}, "temperature=nan: expected a number"),
+        ({"do_sample": True, "temperature": float("inf")}, "temperature=inf: expected a number"),
+        ({"do_sample": True, "temperature": "hot"}, "temperature='hot': expected a number"),
+        ({"do_sample": True, "top_p": 0.0}, "top_p=0.0: expected more than 0 and at most 1"),
+        ({"do_sample": True, "top_p": 1.5}, "top_p=1.5"),
+        ({"do_sample": True, "top_p": float("nan")}, "top_p=nan: expected a number"),
+        ({"do_sample": True, "top_k": 0}, "top_k=0: expected a whole number from 1"),
+        ({"do_sample": True, "top_k": -3}, "top_k=-3"),
+        ({"do_sample": True, "top_k": 2.5}, "top_k=2.5: expected a whole number"),
+        ({"do_sample": "yes"}, "do_sample='yes': expected true or false"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0: expected a whole number from 1"),
+        ({"max_new_tokens": -4}, "max_new_tokens=-4"),
+        ({"max_new_tokens": "many"}, "max_new_tokens='many'"),
+        ({"max_new_tokens": True}, "max_new_tokens=True"),
+        ({"max_new_tokens": 2, "min_new_tokens": 3}, "min_new_tokens=3: expected at most max_new_tokens=2"),
+        ({"max_length": 2, "min_length": 3}, "min_length=3: expected at most max_length=2"),
+        ({"num_return_sequences": 2}, "num_return_sequences=2: without sampling"),
+        ({"num_return_sequences": 0, "do_sample": True}, "num_return_sequences=0"),
+        ({"seed": -1}, "seed=-1: expected a whole number from 0"),
+        ({"seed": [1, 2**63]}, f"seed={2**63}"),
+        ({"seed": "one"}, "seed='one'"),
+        ({"eos_token_id": 50257}, "eos_token_id=50257: expected an id below vocab_size=50,257"),
+        ({"eos_token_id": [3, -1]}, "eos_token_id=-1"),
+        ({"eos_token_id": "end"}, "eos_token_id='end'"),
+        ({"pad_token_id": 60000}, "pad_token_id=60000"),
+        ({"forced_bos_token_id": 60000}, "forced_bos_token_id=60000"),
+    ],
+)
+def test_bad_settings_are_one_line(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(RequestError) as error:
+        resolve(given)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
