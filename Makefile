@@ -2,7 +2,7 @@
 # set of packages. A stamp depends on pyproject.toml, so pip is asked for nothing until that changes.
 #
 #   make quickstart FAMILY=gpt2                another family; ARGS="..." for any option of lathe quickstart
-#   make test ARGS="tests/plan -k llama"       some of the tests; any option of pytest
+#   make test ARGS="tests/planner -k llama"    some of the tests; any option of pytest
 #   make test PYTHON=python3.12 VENV=.venv312  another interpreter, in an environment of its own
 #   make test TORCH="torch==2.12.*"            another torch, as a pip requirement
 
@@ -37,7 +37,7 @@ help: ## List the targets
 quickstart: $(VENV)/.stamp-run ## Train a small model, cut it, heal it, measure it (FAMILY=gpt2)
 	@$(BIN)/lathe quickstart $(if $(FAMILY),--family $(FAMILY)) $(ARGS)
 
-test: $(VENV)/.stamp-test ## Run the tests (ARGS="tests/plan -k llama")
+test: $(VENV)/.stamp-test ## Run the tests (ARGS="tests/planner -k llama")
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(ARGS)
 
 lint: $(VENV)/.stamp-lint ## Check the style, the types and the direction of imports

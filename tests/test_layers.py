@@ -13,7 +13,7 @@ import pytest
 import lathe
 from lathe.cli.main import VERBS
 
-WITHOUT_TORCH = ("architecture", "blueprint", "presets", "plan", "families", "cli")
+WITHOUT_TORCH = ("architecture", "blueprint", "presets", "planner", "families", "cli")
 _HEAVY = ("torch", "transformers", "matplotlib")
 
 
