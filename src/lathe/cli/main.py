@@ -27,6 +27,8 @@ from lathe.errors import LatheError, RequestError
 
 # The verbs, in the order that `lathe --help` lists them, and the module of each.
 VERBS: dict[str, str] = {
+    "tokenize": "lathe.cli.tokenize",
+    "tokenizer": "lathe.cli.tokenizer",
     "quickstart": "lathe.cli.quickstart",
 }
 
@@ -101,6 +103,7 @@ def _build() -> Any:
         cls=_VerbGroup,
         add_completion=False,
         rich_markup_mode=None,
+        subcommand_metavar="VERB ...",
         context_settings={"help_option_names": ["-h", "--help"]},
         help="Cut transformer language models to size. `lathe VERB --help` says more about a verb.",
         epilog=_DEBUG_NOTE,
