@@ -1,6 +1,8 @@
 """Text out of a model: greedy and sampled, through the static cache.
 
-`settings` says what may be asked for, `filters` changes the next token's logits, `decode` is the loop.
+`settings` says what may be asked for, `prompt` makes it whole, `rows` is a batch in flight (a model and its
+cache), `filters` changes the next token's logits, `draw` chooses from them, `decode` is the loop, and `text`
+goes from prompts to text.
 """
 
 from lathe.generate.decode import generate

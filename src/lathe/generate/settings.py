@@ -218,17 +218,22 @@ def _refuse_unknown(given: Mapping[str, Any]) -> None:
             raise RequestError(unknown("setting", name, known))
 
 
+def turned_off(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The stored settings that would change the text and that Lathe does not do, each with the value that is none."""
+    return {
+        name: NEUTRAL[name]
+        for name, value in stored.items()
+        if name in NEUTRAL and value is not None and value != NEUTRAL[name]
+    }
+
+
 def _usable(stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The stored settings that are Lathe's, after refusing those that would change the text and are not."""
     values = {name: value for name, value in stored.items() if value is not None}
-    undone = {
-        name: value
-        for name, value in values.items()
-        if name in NEUTRAL and name not in given and value != NEUTRAL[name]
-    }
+    undone = {name: value for name, value in turned_off(stored).items() if name not in given}
     if undone:
-        asks = ", ".join(f"{name}={value}" for name, value in undone.items())
-        off = ", ".join(f"{name}={NEUTRAL[name]}" for name in undone)
+        asks = ", ".join(f"{name}={stored[name]}" for name in undone)
+        off = ", ".join(f"{name}={value}" for name, value in undone.items())
         raise RequestError(f"the settings stored with the model ask for {asks}, which Lathe does not do; pass {off}")
     known = Settings.field_names()
     strange = [name for name in values if name not in known and name not in NEUTRAL and name not in PASSED_OVER]
