@@ -148,6 +148,84 @@ def test_every_preset_fits_its_family(name: str) -> None:
     assert back == preset.with_({"tokens.mask": None})
 
 
+# As the published files have them, keys that nothing reads included.
+COMMON: dict[str, Any] = {
+    "activation_function": "gelu",
+    "add_bias_logits": False,
+    "bos_token_id": 0,
+    "classifier_dropout": 0.0,
+    "dropout": 0.1,
+    "eos_token_id": 2,
+    "id2label": {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"},
+    "init_std": 0.02,
+    "is_encoder_decoder": True,
+    "max_position_embeddings": 1024,
+    "pad_token_id": 1,
+    "use_cache": True,
+}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "bart-base": {
+        **COMMON,
+        "activation_dropout": 0.1,
+        "add_final_layer_norm": False,
+        "architectures": ["BartModel"],
+        "attention_dropout": 0.1,
+        "classif_dropout": 0.1,
+        "d_model": 768,
+        "decoder_attention_heads": 12,
+        "decoder_ffn_dim": 3072,
+        "decoder_layerdrop": 0.0,
+        "decoder_layers": 6,
+        "decoder_start_token_id": 2,
+        "early_stopping": True,
+        "encoder_attention_heads": 12,
+        "encoder_ffn_dim": 3072,
+        "encoder_layerdrop": 0.0,
+        "encoder_layers": 6,
+        "forced_eos_token_id": 2,
+        "gradient_checkpointing": False,
+        "model_type": "bart",
+        "no_repeat_ngram_size": 3,
+        "normalize_before": False,
+        "normalize_embedding": True,
+        "num_beams": 4,
+        "num_hidden_layers": 6,
+        "scale_embedding": False,
+        "vocab_size": 50265,
+    },
+    "mbart-large-cc25": {
+        **COMMON,
+        "activation_dropout": 0.0,
+        "add_final_layer_norm": True,
+        "architectures": ["MBartForConditionalGeneration"],
+        "attention_dropout": 0.0,
+        "d_model": 1024,
+        "decoder_attention_heads": 16,
+        "decoder_ffn_dim": 4096,
+        "decoder_layerdrop": 0.0,
+        "decoder_layers": 12,
+        "encoder_attention_heads": 16,
+        "encoder_ffn_dim": 4096,
+        "encoder_layerdrop": 0.0,
+        "encoder_layers": 12,
+        "model_type": "mbart",
+        "normalize_before": True,
+        "normalize_embedding": True,
+        "num_hidden_layers": 12,
+        "scale_embedding": True,
+        "static_position_embeddings": False,
+        "vocab_size": 250027,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_config_is_the_preset(name: str) -> None:
+    config = PUBLISHED[name]
+    head = "none" if config["architectures"] == ["BartModel"] else None
+    assert read_config(config) == lathe.preset(name, head=head).with_({"tokens.mask": None})
+
+
 def test_a_file_of_the_base_class_is_read_under_either_name() -> None:
     """bart-base's config names BartModel, and its file holds the head's bias and two version counters beside it."""
     config = transformers.BartConfig(**SMALL)
