@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -154,7 +154,7 @@ def test_added_tokens_of_the_older_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("convention", ["t5", "bert", "gpt2", "llama", "bart"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_batches(convention: str, side: str, tmp_path: Path) -> None:
+def test_batches(convention: str, side: Literal["left", "right"], tmp_path: Path) -> None:
     tokenizer = trained(convention)
     tokenizer.save(tmp_path)
     stock = transformers.AutoTokenizer.from_pretrained(tmp_path)

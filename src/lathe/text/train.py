@@ -149,6 +149,11 @@ def _train_pieces(
     lines: Iterator[str], vocab_size: int, recipe: Recipe, config: dict[str, Any], trainer: dict[str, Any]
 ) -> Tokenizer:
     sentinels = int(config.get("extra_ids", 0))
+    if vocab_size <= sentinels + len(recipe.control):
+        what = "special tokens and sentinels" if sentinels else "special tokens"
+        raise RequestError(
+            f"vocab_size={vocab_size} is too small: {what} alone take {sentinels + len(recipe.control)}; ask for more"
+        )
     rules = recipe.rules
     text = _prepared(lines, rules, config)
     data = _sentencepiece(text, vocab_size - sentinels, sentinels, {**trainer, **_first_ids(recipe)})
@@ -163,8 +168,6 @@ def _train_pieces(
 def _sentencepiece(lines: Iterable[str], vocab_size: int, sentinels: int, arguments: dict[str, Any]) -> bytes:
     import sentencepiece
 
-    if vocab_size < 1:
-        raise RequestError(f"vocab_size={vocab_size + sentinels} is too small: the sentinels alone take {sentinels}")
     result = io.BytesIO()
     feed = _Feed(lines)
     try:

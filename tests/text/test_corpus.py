@@ -1,0 +1,69 @@
+"""Reading the text to train on, and taking a sample of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lathe.errors import RequestError
+from lathe.text.corpus import read_lines, sample
+
+
+def test_lines_keep_their_ends_and_empty_ones_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes("\ufeff하나\r\n\n  \n둘\n".encode())
+    (tmp_path / "b").write_bytes("셋".encode())
+    assert list(read_lines([tmp_path / "a", tmp_path / "b"])) == ["하나\r\n", "둘\n", "셋"]
+    assert list(read_lines(tmp_path / "b")) == ["셋"]
+    assert list(read_lines(["a\nb\n", "c"])) == ["a\n", "b\n", "c"]
+
+
+def test_a_file_that_is_not_utf8_is_named_with_line_and_byte(tmp_path: Path) -> None:
+    good = "좋은 줄\n".encode()
+    (tmp_path / "bad").write_bytes(good + b"caf\xe9\n")
+    (tmp_path / "good").write_bytes(good)
+    with pytest.raises(RequestError, match=rf"bad is not UTF-8: line 2, byte {len(good) + 3} of the file is 0xe9"):
+        list(read_lines([tmp_path / "good", tmp_path / "bad"]))
+
+
+def test_a_corpus_without_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("\n  \n\t\n")
+    with pytest.raises(RequestError, match=r"corpus \(.*a\) is empty"):
+        list(read_lines([tmp_path / "a"]))
+    nothing: list[list[str]] = [[], [""], ["\n", " "]]
+    for texts in nothing:
+        with pytest.raises(RequestError, match="the corpus is empty"):
+            list(read_lines(texts))
+
+
+def test_what_is_no_corpus_is_refused(tmp_path: Path) -> None:
+    bad: list[tuple[Any, str]] = [
+        ("text", "the corpus is one string"),
+        ([1], "text 0 of the corpus is int 1"),
+        (["fine", "a\udfff"], "text 1 of the corpus holds"),
+        (tmp_path / "missing", "missing: No such file"),
+        (tmp_path, "Is a directory"),
+    ]
+    for corpus, said in bad:
+        with pytest.raises(RequestError, match=said):
+            list(read_lines(corpus))
+
+
+@given(st.integers(0, 30), st.integers(1, 12), st.integers(0, 99))
+def test_a_sample_is_so_many_of_the_lines_in_their_order(lines: int, count: int, seed: int) -> None:
+    texts = [f"{number:02}" for number in range(lines)]
+    taken = sample(texts, count, seed)
+    assert len(taken) == min(lines, count)
+    assert taken == sorted(taken)
+    assert set(taken) <= set(texts)
+    assert taken == sample(iter(texts), count, seed)
+
+
+def test_every_line_is_as_likely_as_any_other() -> None:
+    drawn = Counter(line for seed in range(2000) for line in sample("abcdefgh", 2, seed))
+    # 500 of each on average; five standard deviations are 97.
+    assert all(403 <= drawn[letter] <= 597 for letter in "abcdefgh")
