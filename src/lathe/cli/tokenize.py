@@ -99,7 +99,9 @@ def _show(console: Console, tokenizer: Tokenizer, answer: dict[str, Any]) -> Non
 
     rows = answer["texts"]
     pad = "no padding token" if answer["pad_token"] is None else f"padding {answer['pad_token']}"
-    console.print(f"{answer['model']}: {answer['vocab_size']:,} tokens, {pad}, on the {answer['padding_side']}")
+    # A long path may take several lines; the rest stays together.
+    console.print(answer["model"])
+    console.print(f"{answer['vocab_size']:,} tokens, {pad}, on the {answer['padding_side']}")
     for number, row in enumerate(rows, start=1):
         text = row["text"] if "pair" not in row else f"{row['text']} + {row['pair']}"
         line = Text(f"{number:>4}  {row['tokens']:>4} tokens  {_one_line(text)}")

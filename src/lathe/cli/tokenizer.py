@@ -102,8 +102,9 @@ def _show(console: Console, answer: dict[str, Any]) -> None:
     special = ", ".join(f"{role} {number}" for role, number in answer["special_tokens"].items() if number is not None)
     measured = answer["measured"]
     sentinels = f", {answer['sentinels']} sentinels" if answer["sentinels"] else ""
-    console.print(f"{answer['directory']}: {answer['vocab_size']:,} tokens, {answer['bytes']:,} bytes")
-    console.print(f"files: {', '.join(answer['files'])}")
+    # A long path may take several lines; the rest stays together.
+    console.print(answer["directory"])
+    console.print(f"{answer['vocab_size']:,} tokens, {answer['bytes']:,} bytes in {', '.join(answer['files'])}")
     console.print(f"special tokens: {special}{sentinels}")
     console.print(
         f"on the first {measured['lines']:,} lines of its corpus: {measured['characters_per_token']:.2f} characters a "
