@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from torch import Tensor
 import lathe
 from lathe.errors import RequestError
 from lathe.families import objections, read_config, write_config
-from tests.families.contract import FamilyContract, Outside, Twin, Variant, read
+from tests.families.contract import FamilyContract, Outside, Twin, Variant, read, read_json
 
 # Three heads in one stack and two in the other; the stacks differ in depth and inner width too.
 SMALL: dict[str, Any] = {
@@ -236,6 +238,20 @@ def test_a_file_of_the_base_class_is_read_under_either_name() -> None:
     reader = read({**config.to_dict(), "architectures": ["BartModel"]}, stored)
     assert reader.left_out == ["final_logits_bias"]
     assert torch.equal(reader.tensor("embedding.tokens.weight"), model.shared.weight)
+
+
+def test_tokens_of_generation_are_taken_from_a_config_that_holds_them(tmp_path: Path) -> None:
+    """As in directories from before the settings had a file of their own."""
+    settings = {**SHALLOW, "decoder_start_token_id": 7, "forced_bos_token_id": 9, "forced_eos_token_id": 2}
+    twin = TestMBart().make_twin(Variant(MLM, settings), tmp_path / "old")
+    config = {**read_json(tmp_path / "old" / "config.json"), "forced_bos_token_id": 9}
+    (tmp_path / "old" / "generation_config.json").unlink()
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    ids = torch.tensor([[5, 6, 2]])
+    got = lathe.load(tmp_path / "old").generate(ids, max_new_tokens=6)
+    start = {"decoder_start_token_id": 7, "forced_bos_token_id": 9, "forced_eos_token_id": 2}
+    assert torch.equal(got, twin.theirs.generate(ids, max_new_tokens=6, use_cache=False, **start))
+    assert got[0, :2].tolist() == [7, 9]
 
 
 def test_a_model_with_a_table_for_each_stack_is_refused() -> None:

@@ -92,8 +92,17 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
         config = {}
         architecture = _own_architecture(directory)
         parameters = OwnReader(architecture, open_tensors(directory))
-    generation = _json(directory / GENERATION) if (directory / GENERATION).is_file() else {}
-    return Checkpoint(parameters, directory, config, generation)
+    return Checkpoint(parameters, directory, config, _generation(directory, config))
+
+
+# Tokens of generation that older configs hold, from before the settings had a file of their own.
+_GENERATION_TOKENS = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
+
+
+def _generation(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    if (directory / GENERATION).is_file():
+        return _json(directory / GENERATION)
+    return {key: config[key] for key in _GENERATION_TOKENS if config.get(key) is not None}
 
 
 class OwnReader:
