@@ -18,6 +18,7 @@ ending every time. Here a span may lie anywhere.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -74,7 +75,7 @@ class SpanCorruption(Objective):
     def sample(self, record: Record, rng: np.random.Generator) -> Sample:
         """The text without its spans, and the spans."""
         text = record["text"]
-        tokens, spans = (int(n[0]) for n in self.dropped(np.array([len(text)])))
+        tokens, spans = _dropped(self, len(text))
         kept = random_parts(len(text) - tokens + 2, spans + 1, rng)
         kept[[0, -1]] -= 1  # the first and the last kept part may be empty, those between two spans not
         parts = np.empty(2 * spans + 1, dtype=np.int64)
@@ -89,6 +90,12 @@ class SpanCorruption(Objective):
         labels = np.insert(text[is_dropped], np.flatnonzero(first[is_dropped]), sentinels)
         eos = self.special.need("eos", "the objective span_corruption")
         return Sample(np.append(inputs, eos), np.append(labels, eos))
+
+
+@functools.lru_cache(maxsize=4096)
+def _dropped(objective: SpanCorruption, length: int) -> tuple[int, int]:
+    tokens, spans = objective.dropped(np.array([length]))
+    return int(tokens[0]), int(spans[0])
 
 
 def random_parts(total: int, parts: int, rng: np.random.Generator) -> IntArray:
