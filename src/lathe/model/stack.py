@@ -34,8 +34,13 @@ class Memory:
 
 @dataclass
 class Trace:
-    """Hidden states and attention weights, gathered layer by layer when asked for."""
+    """Hidden states and attention weights, gathered layer by layer when asked for.
 
+    Args:
+        hidden: whether hidden states are gathered; every layer's would otherwise outlive the layer.
+    """
+
+    hidden: bool = False
     hidden_states: list[Tensor] = field(default_factory=list)
     attentions: list[Tensor] = field(default_factory=list)
     cross_attentions: list[Tensor] = field(default_factory=list)
@@ -104,7 +109,7 @@ class TransformerStack(nn.Module):
             positions_BT: where each token stands; counted from 0, or on from the cache, where left out.
             segments_BT: the document of each token, for packed rows.
             memory: what cross-attention reads.
-            trace: filled with every layer's hidden states, and attention weights if `weights`.
+            trace: filled with every layer's hidden states if it wants them, and attention weights if `weights`.
         """
         length, device = vectors_BTE.shape[1], vectors_BTE.device
         if cache is not None:
@@ -133,7 +138,7 @@ class TransformerStack(nn.Module):
         if self.norm is not None:
             x_BTD = self.norm(x_BTD)
         out_BTD: Tensor = self.output_dropout(x_BTD)
-        if trace is not None:
+        if trace is not None and trace.hidden:
             trace.hidden_states.append(out_BTD)
         if cache is not None:
             cache.advance()
@@ -163,7 +168,7 @@ class TransformerStack(nn.Module):
     def _run(self, x_BTD: Tensor, around: Surroundings, cache: Cache | None, trace: Trace | None) -> Tensor:
         recompute = self.checkpointing and self.training and torch.is_grad_enabled()
         for number in range(self.spec.n_layers):
-            if trace is not None:
+            if trace is not None and trace.hidden:
                 trace.hidden_states.append(x_BTD)
             layer = self.layer(number)
             if recompute:

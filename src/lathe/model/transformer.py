@@ -112,17 +112,18 @@ class Transformer(nn.Module):
         Raises:
             RequestError: ids outside the vocabulary, more positions than the model has, inputs that do not fit.
         """
-        memory, encoder_trace = encoder_outputs, Trace()
+        memory, encoder_trace = encoder_outputs, Trace(output_hidden_states)
         if self.encoder is not None and memory is None:
-            memory, encoder_trace = self._encode(
+            memory = self._encode(
                 self.vectors(input_ids, inputs_embeds),
                 attention_mask,
                 token_type_ids,
                 position_ids,
                 segment_ids,
-                weights=output_attentions,
+                encoder_trace,
+                output_attentions,
             )
-        decoder_trace = Trace()
+        decoder_trace = Trace(output_hidden_states)
         if self.decoder is None:
             assert memory is not None
             hidden_BTD, ids_BT, mask_BT = memory.hidden_BSD, input_ids, attention_mask
@@ -177,7 +178,7 @@ class Transformer(nn.Module):
     ) -> Memory:
         """The encoder's output, to be passed to `forward` as `encoder_outputs`."""
         vectors = self.vectors(input_ids, inputs_embeds)
-        return self._encode(vectors, attention_mask, token_type_ids, position_ids, segment_ids, weights=False)[0]
+        return self._encode(vectors, attention_mask, token_type_ids, position_ids, segment_ids, Trace(), False)
 
     def vectors(self, ids_BT: Tensor | None, embeds_BTE: Tensor | None) -> Tensor:
         """Token vectors of ids, checked against the vocabulary; or the ones given, B × T × width."""
@@ -212,12 +213,11 @@ class Transformer(nn.Module):
         token_type_ids: Tensor | None,
         positions_BS: Tensor | None,
         segments_BS: Tensor | None,
-        *,
+        trace: Trace,
         weights: bool,
-    ) -> tuple[Memory, Trace]:
+    ) -> Memory:
         if self.encoder is None:
             raise RequestError("this model has no encoder; call it with input_ids and read its hidden states")
-        trace = Trace()
         padding_BS = drop_if_full(mask_BS)
         hidden_BSD = self.encoder(
             self.embedding,
@@ -229,7 +229,7 @@ class Transformer(nn.Module):
             trace=trace,
             weights=weights,
         )
-        return Memory(hidden_BSD, padding_BS, segments_BS), trace
+        return Memory(hidden_BSD, padding_BS, segments_BS)
 
     def _decode(
         self,
