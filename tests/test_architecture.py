@@ -246,6 +246,13 @@ class TestParts:
         with pytest.raises(RequestError, match="only a causal stack has a window"):
             preset("bert-base-uncased").with_(window=4)
 
+    def test_relative_buckets_need_distances_to_hold(self) -> None:
+        with pytest.raises(RequestError, match="n_buckets=3: expected 4 or more"):
+            preset("t5-small").with_({"encoder.positions.n_buckets": 3})
+        with pytest.raises(RequestError, match="max_distance=128: expected more than 128"):
+            preset("t5-small").with_({"decoder.positions.n_buckets": 256})
+        assert preset("t5-small").with_({"encoder.positions.n_buckets": 256}).encoder is not None
+
     def test_only_tables_limit_the_length(self) -> None:
         assert Positions(kind="learned", max_positions=8).limit == 8
         assert Positions(kind="rotary", max_positions=8).limit is None

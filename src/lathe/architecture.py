@@ -234,6 +234,21 @@ class Stack(Spec):
             raise RequestError(f"d_head={self.attention.d_head}: rotary positions turn pairs, so it must be even")
         if self.attention.window is not None and not self.causal:
             raise RequestError(f"window={self.attention.window}: only a causal stack has a window; leave it out")
+        if self.positions.kind == "relative":
+            self._check_buckets()
+
+    def _check_buckets(self) -> None:
+        # A stack that sees both ways has half of the buckets for each side; half of a side's hold one distance
+        # each, and the others have to reach farther.
+        n_buckets, farthest = self.positions.n_buckets, self.positions.max_distance
+        exact = n_buckets // (2 if self.causal else 4)
+        if exact < 1:
+            raise RequestError(f"n_buckets={n_buckets}: expected 4 or more where tokens see both ways")
+        if farthest <= exact:
+            raise RequestError(
+                f"max_distance={farthest}: expected more than {exact}, the distances that "
+                f"n_buckets={n_buckets} give a bucket of their own"
+            )
 
     def attention_index(self, layer: int) -> int:
         """Which attention weights `layer` uses."""

@@ -113,10 +113,6 @@ def _read(config: Config, class_name: str, *, model_type: str) -> Architecture:
 
 def _stack(config: Config, depth: int, *, causal: bool = False, cross_attention: bool = False) -> Stack:
     gated, activation = _feed_forward_kind(config)
-    # Fewer than 4 leave no bucket for near distances on one side of an encoder's token.
-    n_buckets = whole(config, "relative_attention_num_buckets", 32, least=4)
-    # Half of a side's buckets hold one distance each; the others have to reach farther.
-    farthest = n_buckets // (2 if causal else 4) + 1
     return Stack(
         n_layers=depth,
         attention=Attention(
@@ -130,8 +126,8 @@ def _stack(config: Config, depth: int, *, causal: bool = False, cross_attention:
         norm=Norm(kind="rms", eps=config.get("layer_norm_epsilon", 1e-6)),
         positions=Positions(
             kind="relative",
-            n_buckets=n_buckets,
-            max_distance=whole(config, "relative_attention_max_distance", 128, least=farthest),
+            n_buckets=whole(config, "relative_attention_num_buckets", 32),
+            max_distance=whole(config, "relative_attention_max_distance", 128),
         ),
         causal=causal,
         cross_attention=cross_attention,
