@@ -141,6 +141,10 @@ def test_the_stock_end_of_text_is_no_token_of_a_smaller_vocabulary() -> None:
         ({"activation_function": ["gelu"]}, "activation_function=['gelu']"),
         ({"layer_norm_epsilon": "small"}, "eps='small'"),
         ({"resid_pdrop": 1.5}, "1.5"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4}"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads={'0': [1]}"),
+        ({"per_layer_config": {"0": {"n_inner": 8}}}, "per_layer_config="),
+        ({"architectures": "GPT2LMHeadModel"}, "architectures='GPT2LMHeadModel'"),
         ({"architectures": ["GPT2DoubleHeadsModel"]}, "unknown class 'GPT2DoubleHeadsModel'"),
     ],
 )

@@ -11,7 +11,7 @@ from typing import Any
 
 from lathe.architecture import Architecture
 from lathe.errors import RequestError
-from lathe.families.base import Config, Family, Objection
+from lathe.families.base import Config, Family, Objection, expect
 from lathe.spec import unknown
 
 # model_type -> the module that declares it.
@@ -49,12 +49,18 @@ def read_config(config: Config) -> Architecture:
     if not isinstance(model_type, str):
         raise RequestError(f"the config has no model_type; expected one of {', '.join(MODULES)}")
     source = family(model_type)
+    # What any stock config may ask for and no architecture says.
+    expect(config, "quantization_config", None)
+    expect(config, "pruned_heads", None, {})
+    expect(config, "per_layer_config", None, {})
     return source.read(config, class_name(config, source))
 
 
 def class_name(config: Config, source: Family) -> str:
     """The class that the config's `architectures` names, or the family's first."""
     named = config.get("architectures") or [source.classes[0]]
+    if not isinstance(named, list | tuple):
+        raise RequestError(f"architectures={named!r} in the config: expected a list of one class")
     if named[0] not in source.classes:
         raise RequestError(unknown("class", str(named[0]), source.classes))
     return str(named[0])
