@@ -138,6 +138,7 @@ def test_rows_of_ids_as_tensors_or_lists_and_nothing_else() -> None:
     ids = tokenizer.encode("The statement")
     assert tokenizer.decode(torch.tensor(ids)) == tokenizer.decode(tuple(ids)) == "The statement"
     assert tokenizer.decode([]) == ""
+    assert tokenizer.decode([*torch.tensor(ids)]) == tokenizer.decode([*torch.tensor(ids).numpy()]) == "The statement"
     bad: list[Any] = [torch.tensor([ids, ids]), [1.5], ["a"], 7]
     for rows in bad:
         with pytest.raises(RequestError):
@@ -176,8 +177,10 @@ Damage = Callable[[dict[str, bytes]], dict[str, bytes]]
 DAMAGED: list[tuple[str, Damage, str]] = [
     ("t5", lambda f: {**f, "tokenizer.json": cut(f["tokenizer.json"])}, "tokenizer.json is not readable JSON"),
     ("t5", lambda f: {**f, "tokenizer.json": b"[]"}, "tokenizer.json holds a list"),
-    ("t5", lambda f: {**f, "tokenizer.json": b"{}"}, "tokenizer.json holds no model"),
-    ("t5", lambda f: {**f, "tokenizer.json": b'{"model": {"type": "X"}}'}, "tokenizer.json is not a vocabulary"),
+    ("t5", lambda f: {**f, "tokenizer.json": b"{}"}, "tokenizer.json holds no vocabulary"),
+    ("t5", lambda f: {**f, "tokenizer.json": b'{"model": {"type": "BPE", "vocab": [1]}}'}, "holds no vocabulary"),
+    ("t5", lambda f: {**f, "tokenizer.json": b'{"model": {"vocab": {}}, "added_tokens": [1]}'}, "no vocabulary"),
+    ("t5", lambda f: {**f, "tokenizer.json": b'{"model": {"type": "X", "vocab": {}}}'}, "tokenizer.json is not a voc"),
     ("t5", lambda f: {**f, "tokenizer_config.json": b"\xff{}"}, "tokenizer_config.json is not readable JSON"),
     ("t5", lambda f: {"spiece.model": f["spiece.model"], **config("T5Tokenizer", pad_token=3)}, "pad_token = 3: exp"),
     ("t5", lambda f: {**f, "tokenizer_config.json": b'{"padding_side": "up"}'}, "padding_side = 'up'"),
@@ -239,3 +242,10 @@ def test_importing_it_loads_neither_torch_nor_the_libraries() -> None:
     code = "import sys, lathe.text; print({'torch', 'tokenizers', 'sentencepiece'} & set(sys.modules))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout == "set()\n"
+
+
+def test_the_hub_fetches_every_file_that_a_tokenizer_can_have() -> None:
+    from lathe.checkpoint.hub import SETTINGS_FILES
+    from lathe.text import files
+
+    assert {*files.FILES, f"{files.TEMPLATES}/*.jinja"} <= set(SETTINGS_FILES)

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+Side = Literal["left", "right"]
+Padding = Literal["longest", "max_length"] | bool | int | None
+
 
 class Batch(dict[str, "Tensor"]):
     """Tensors by the names that a model's arguments have, so that `model(**batch)` works.
@@ -39,7 +42,7 @@ def pad(
     rows: Sequence[Sequence[int]],
     pad_id: int,
     *,
-    side: Literal["left", "right"] = "right",
+    side: Side = "right",
     length: int | None = None,
     token_types: Sequence[Sequence[int]] | None = None,
 ) -> Batch:
@@ -85,3 +88,36 @@ def pad(
     if token_types is not None:
         batch["token_type_ids"] = types_BT
     return batch
+
+
+def row_length(padding: Padding, truncation: bool, max_length: int | None) -> int | None:
+    """The length to fill rows up to, as a tokenizer is asked for it; None for that of the longest row.
+
+    Raises:
+        RequestError: arguments that say nothing, or contradict each other.
+    """
+    if max_length is None and (truncation or padding == "max_length"):
+        asked = "truncation=True" if truncation else "padding='max_length'"
+        raise RequestError(f"{asked} needs max_length: say how many tokens a row may have")
+    if max_length is not None and max_length < 1:
+        raise RequestError(f"max_length={max_length}: expected at least 1")
+    if max_length is not None and not truncation and padding != "max_length":
+        raise RequestError(f"max_length={max_length} does nothing without truncation=True or padding='max_length'")
+    if padding == "max_length":
+        return max_length
+    if isinstance(padding, bool) or padding is None or padding == "longest":
+        return None
+    if not isinstance(padding, int) or padding < 1:
+        raise RequestError(f"padding={padding!r}: expected 'longest', 'max_length', a length of at least 1, or None")
+    return padding
+
+
+def share(room: int, first: int, second: int) -> tuple[int, int]:
+    """How many tokens each text of a pair keeps where there is room for so many: the longer text is cut first."""
+    if first + second <= room:
+        return first, second
+    shorter, longer = sorted((first, second))
+    longer = shorter if shorter > room else max(shorter, room - shorter)
+    if shorter + longer > room:
+        shorter, longer = room // 2, room // 2 + room % 2
+    return (shorter, longer) if first <= second else (longer, shorter)

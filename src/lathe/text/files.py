@@ -21,6 +21,7 @@ ADDED_TOKENS = "added_tokens.json"
 VOCAB_TEXT = "vocab.txt"
 VOCAB_JSON = "vocab.json"
 MERGES = "merges.txt"
+MODEL_CONFIG = "config.json"  # the model's, which is not the tokenizer's to keep
 PIECES = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 
 # Each of these alone makes a directory one with a tokenizer.

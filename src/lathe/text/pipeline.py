@@ -59,14 +59,13 @@ def build(files: Mapping[str, bytes], settings: Settings) -> Document:
 
 def from_pieces(model: SentencePieceModel, rules: TokenizerClass, settings: Settings) -> Document:
     """The tokenizer.json of a SentencePiece model, used as a class does."""
-    entries = [(token, 0.0) for token in rules.head]
-    entries += [(piece.text, score) for piece, score in zip(model.pieces, _scores(model), strict=True)][rules.skip :]
     sentinels = _sentinels(settings.options, rules)
-    entries += [(token, 0.0) for token in (*sentinels, *rules.tail)]
-    unknown = [number for number, piece in enumerate(model.pieces) if piece.kind == Kind.UNKNOWN]
-    if not unknown:
-        raise RequestError("the SentencePiece model has no piece for the unknown")
-    unk = model.pieces[unknown[0]].text
+    scored = [(piece.text, score) for piece, score in zip(model.pieces, _scores(model), strict=True)]
+    others = [(token, 0.0) for token in (*sentinels, *rules.tail)]
+    entries = [*((token, 0.0) for token in rules.head), *scored[rules.skip :], *others]
+    unk = next((piece.text for piece in model.pieces if piece.kind == Kind.UNKNOWN), None)
+    if unk is None:
+        raise RequestError("the SentencePiece model has no piece for the unknown: it was not written by its trainer")
     ids = {text: number for number, (text, _) in enumerate(entries)}
     if model.model == "unigram":
         section: Document = {
@@ -103,9 +102,11 @@ def without_vocabulary(rules: TokenizerClass, config: Mapping[str, Any]) -> Docu
 
 
 def _from_document(document: Document, settings: Settings) -> Document:
-    model, added = document.get("model"), document.get("added_tokens", [])
-    if not isinstance(model, dict) or not isinstance(added, list):
-        raise RequestError(f"{names.TOKENIZER} holds no model: expected the file that the tokenizers library writes")
+    added = document.get("added_tokens", [])
+    if not _has_vocabulary(document.get("model")) or not _are_tokens(added):
+        raise RequestError(
+            f"{names.TOKENIZER} holds no vocabulary: expected the file that the tokenizers library writes"
+        )
     # A batch is padded and cut when it is asked for, not by what somebody last asked for.
     document = {**document, "added_tokens": list(added), "truncation": None, "padding": None}
     rules = settings.rules
@@ -118,6 +119,21 @@ def _from_document(document: Document, settings: Settings) -> Document:
     if rules is not None and "src_lang" in settings.options:
         document["post_processor"] = _template(document, rules, settings)
     return document
+
+
+def _has_vocabulary(model: Any) -> bool:
+    """Whether this is a model's part: token -> id, or a list of token and score."""
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocab, list):
+        return all(isinstance(entry, list) and entry and isinstance(entry[0], str) for entry in vocab)
+    return isinstance(vocab, dict) and all(isinstance(number, int) for number in vocab.values())
+
+
+def _are_tokens(added: Any) -> bool:
+    return isinstance(added, list) and all(
+        isinstance(token, dict) and isinstance(token.get("content"), str) and isinstance(token.get("id"), int)
+        for token in added
+    )
 
 
 # --- a vocabulary file -----------------------------------------------------------------------------------
@@ -241,7 +257,7 @@ def _add_tokens(document: Document, settings: Settings, others: Iterable[Token] 
     A token that the files list with its id has the flags that it is listed with; the rest are added if they are
     not known by then.
     """
-    vocab = document["model"].get("vocab", {})
+    vocab = document["model"]["vocab"]
     ids = {entry[0]: number for number, entry in enumerate(vocab)} if isinstance(vocab, list) else vocab
     known = {token["content"]: token for token in document["added_tokens"]}
     # As the library numbers them: after the vocabulary, one after the other.

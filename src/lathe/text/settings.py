@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from lathe.errors import RequestError
 from lathe.text import files as names
+from lathe.text.batch import Side
 from lathe.text.conventions import ALIASES, CLASSES, GENERIC_TYPES, MODEL_TYPES, RECIPES, ROLES, TokenizerClass, derived
 
-Side = Literal["left", "right"]
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 
 
@@ -50,7 +50,7 @@ class Settings:
         named: the tokens of the roles, and special tokens without a role (`others` says whether there are any):
             made known to the vocabulary if the files did not.
         padding_side, truncation_side: where a batch is filled up, and where a long text is cut.
-        token_types: whether its models take token types; None where no file and no class says.
+        token_types: whether its models take token types.
         clean_up: whether decoded text loses the space before punctuation.
         split_special_tokens: whether special tokens are not looked for in text.
     """
@@ -64,7 +64,7 @@ class Settings:
     others: bool
     padding_side: Side
     truncation_side: Side
-    token_types: bool | None
+    token_types: bool
     clean_up: bool
     split_special_tokens: bool
 
@@ -84,11 +84,7 @@ def read_settings(files: Mapping[str, bytes], *, convention: str | None, model_t
     name = _class_name(config, convention, model_type, names.TOKENIZER in files)
     rules = CLASSES.get(name) if name else None
     # Llama 3 came with the class of Llama 1 and 2, which cut text in another way.
-    if (
-        rules is not None
-        and rules.model not in ("bytes", "wordpiece")
-        and b'"ByteLevel"' in files.get(names.TOKENIZER, b"")
-    ):
+    if rules is not None and rules.model in ("unigram", "bpe") and b'"ByteLevel"' in files.get(names.TOKENIZER, b""):
         name, rules = None, None
     if "added_tokens_decoder" not in config:
         config = {**config, **names.read_json(files, names.SPECIAL_TOKENS)}
@@ -108,15 +104,15 @@ def read_settings(files: Mapping[str, bytes], *, convention: str | None, model_t
         others=bool(others),
         padding_side=_side(config, "padding_side", rules.padding_side if rules else "right"),
         truncation_side=_side(config, "truncation_side", "right"),
-        token_types=_token_types(config, rules),
+        token_types=_token_types(config, rules or CLASSES.get(MODEL_TYPES.get(model_type or "", ""))),
         clean_up=bool(config.get("clean_up_tokenization_spaces", False)),
         split_special_tokens=bool(config.get("split_special_tokens", False)),
     )
 
 
-def read_model_type(files: Mapping[str, bytes]) -> str | None:
-    """The `model_type` of a model's config.json, if that file is among these."""
-    kind = names.read_json(files, "config.json").get("model_type")
+def read_model_type(config: bytes) -> str | None:
+    """The `model_type` that a model's config.json names."""
+    kind = names.read_json({names.MODEL_CONFIG: config}, names.MODEL_CONFIG).get("model_type")
     return kind if isinstance(kind, str) else None
 
 
@@ -181,7 +177,7 @@ def _others(config: Mapping[str, Any]) -> list[Token]:
     ]
     values = list(found.values()) if isinstance(found, dict) else found
     if not isinstance(values, list):
-        raise RequestError(f"{names.CONFIG} holds extra_special_tokens of {found!r}: expected a list of tokens")
+        raise RequestError(f"the settings hold extra_special_tokens of {found!r}: expected a list of tokens")
     return [_token(value, "extra_special_tokens") for value in [*named, *values]]
 
 
@@ -193,7 +189,7 @@ def _token(value: Any, where: str, *, special: bool = True) -> Token:
         flags = {flag: bool(value[flag]) for flag in _FLAGS if flag in value}
         own = bool(value.get("special", special))
         return Token(value["content"], special=own, **{"normalized": not own, **flags})
-    raise RequestError(f"{names.CONFIG} holds {where} = {value!r}: expected a token's text, or a map with its content")
+    raise RequestError(f"the settings hold {where} = {value!r}: expected a token's text, or a map with its content")
 
 
 def _side(config: Mapping[str, Any], key: str, default: Side) -> Side:
@@ -203,8 +199,8 @@ def _side(config: Mapping[str, Any], key: str, default: Side) -> Side:
     return "left" if side == "left" else "right"
 
 
-def _token_types(config: Mapping[str, Any], rules: TokenizerClass | None) -> bool | None:
+def _token_types(config: Mapping[str, Any], rules: TokenizerClass | None) -> bool:
     inputs = config.get("model_input_names")
     if isinstance(inputs, list):
         return "token_type_ids" in inputs
-    return rules.token_types if rules else None
+    return rules.token_types if rules else False

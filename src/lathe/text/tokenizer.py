@@ -10,6 +10,7 @@ what `load` read. What a given tokenizer does stands in its files; nothing here 
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -19,16 +20,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from lathe.errors import RequestError
 from lathe.text import files as names
 from lathe.text import pipeline
+from lathe.text.batch import Batch, Padding, Side, pad, row_length, share
 from lathe.text.conventions import SENTINEL, SPACE
-from lathe.text.settings import Settings, Side, read_model_type, read_settings
+from lathe.text.settings import Settings, read_model_type, read_settings
 
 if TYPE_CHECKING:
     import tokenizers
     from torch import Tensor
-
-    from lathe.text.batch import Batch
-
-Padding = Literal["longest", "max_length"] | bool | int | None
 
 
 class Tokenizer:
@@ -53,13 +51,13 @@ class Tokenizer:
             RequestError: no tokenizer there, a damaged file, or files that do not say what they are.
         """
         path = Path(directory).expanduser()
-        model = path / "config.json"
-        config = {"config.json": model.read_bytes()} if model.is_file() else {}
+        files = names.read(path)
+        model = path / names.MODEL_CONFIG
         try:
-            return cls.from_files(names.read(path), convention=convention, model_type=read_model_type(config))
+            model_type = read_model_type(model.read_bytes()) if model.is_file() else None
+            return cls.from_files(files, convention=convention, model_type=model_type)
         except RequestError as error:
-            # Errors about one file say which directory it is in.
-            raise error if str(path) in str(error) else RequestError(f"{path}: {error}") from error
+            raise RequestError(f"{path}: {error}") from error
 
     @classmethod
     def from_files(
@@ -201,12 +199,10 @@ class Tokenizer:
         """Where a batch is filled up unless the call says otherwise."""
         return self._settings.padding_side
 
-    @cached_property
+    @property
     def uses_token_types(self) -> bool:
         """Whether its models tell the texts of a pair apart by `token_type_ids`."""
-        stated = self._settings.token_types
-        # Where no file and no class says, the tokens set around a pair do.
-        return any(self._engine.encode("a", "b").type_ids) if stated is None else stated
+        return self._settings.token_types
 
     @cached_property
     def spells_bytes(self) -> bool:
@@ -307,13 +303,13 @@ class Tokenizer:
             RequestError: no texts, rows of unequal length without padding, no padding token, arguments that
                 contradict each other.
         """
-        from lathe.text.batch import pad
-
         rows = [texts] if isinstance(texts, str) else list(texts)
         others = [pairs] if isinstance(pairs, str) else None if pairs is None else list(pairs)
-        length = _length(padding, truncation, max_length)
+        length = row_length(padding, truncation, max_length)
+        if padding_side not in (None, "left", "right"):
+            raise RequestError(f"padding_side={padding_side!r}: expected 'left' or 'right'")
         if truncation:
-            assert max_length is not None  # or _length had raised
+            assert max_length is not None  # or row_length had raised
             encodings = self._truncated(rows, others, add_special_tokens, max_length)
         else:
             encodings = self._encodings(rows, others, add_special_tokens)
@@ -321,7 +317,7 @@ class Tokenizer:
         return pad(
             ids,
             self._padding_id(ids, padding, length, pad_id),
-            side=_side(padding_side, self.padding_side),
+            side=padding_side or self.padding_side,
             length=length,
             token_types=[each.type_ids for each in encodings] if self.uses_token_types else None,
         )
@@ -360,7 +356,7 @@ class Tokenizer:
             raise RequestError("one string where a list of texts was expected: put it in a list")
         if pairs is not None and len(pairs) != len(texts):
             raise RequestError(f"{len(texts)} texts and {len(pairs)} second texts: expected as many of each")
-        inputs: list[Any] = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
+        inputs: list[Any] = list(texts if pairs is None else zip(texts, pairs, strict=True))
         try:
             return self._engine.encode_batch_fast(inputs, add_special_tokens=add_special_tokens)
         except TypeError:
@@ -382,7 +378,7 @@ class Tokenizer:
             raise RequestError(f"{len(firsts)} texts and {len(seconds)} second texts: expected as many of each")
         whole = []
         for first, second in zip(firsts, seconds, strict=True):
-            keep_first, keep_second = _share(room, len(first), 0 if second is None else len(second))
+            keep_first, keep_second = share(room, len(first), 0 if second is None else len(second))
             for encoding, keep in ((first, keep_first), (second, keep_second)):
                 if encoding is not None and len(encoding) > keep:
                     encoding.truncate(keep, direction=self._settings.truncation_side)
@@ -429,49 +425,15 @@ def _row(ids: Sequence[int] | Tensor) -> list[int]:
     values: Any = ids if isinstance(ids, list | tuple) else ids.tolist() if hasattr(ids, "tolist") else ids
     if not isinstance(values, Iterable):
         raise RequestError(f"one id, {values!r}, where a row of ids was expected")
-    row = list(values)
-    for position, number in enumerate(row):
-        if not isinstance(number, int):
-            raise RequestError(f"{number!r} at position {position} is not an id: expected one row of whole numbers")
+    row = []
+    for position, number in enumerate(values):
+        try:
+            row.append(operator.index(number))
+        except TypeError as error:
+            raise RequestError(
+                f"{number!r} at position {position} is not an id: expected one row of whole numbers"
+            ) from error
     return row
-
-
-def _length(padding: Padding, truncation: bool, max_length: int | None) -> int | None:
-    """The length to fill rows up to, None for that of the longest."""
-    if max_length is None and (truncation or padding == "max_length"):
-        asked = "truncation=True" if truncation else "padding='max_length'"
-        raise RequestError(f"{asked} needs max_length: say how many tokens a row may have")
-    if max_length is not None and max_length < 1:
-        raise RequestError(f"max_length={max_length}: expected at least 1")
-    if max_length is not None and not truncation and padding != "max_length":
-        raise RequestError(f"max_length={max_length} does nothing without truncation=True or padding='max_length'")
-    if padding == "max_length":
-        return max_length
-    if isinstance(padding, bool) or padding is None or padding == "longest":
-        return None
-    if not isinstance(padding, int) or padding < 1:
-        raise RequestError(f"padding={padding!r}: expected 'longest', 'max_length', a length of at least 1, or None")
-    return padding
-
-
-def _side(asked: str | None, default: Side) -> Side:
-    if asked not in (None, "left", "right"):
-        raise RequestError(f"padding_side={asked!r}: expected 'left' or 'right'")
-    return default if asked is None else "left" if asked == "left" else "right"
-
-
-def _share(room: int, first: int, second: int) -> tuple[int, int]:
-    """How many tokens each text of a pair keeps: the longer is cut first, then both alike."""
-    if first + second <= room:
-        return first, second
-    shorter, longer = sorted((first, second))
-    if shorter > room:
-        longer = shorter
-    else:
-        longer = max(shorter, room - shorter)
-    if shorter + longer > room:
-        shorter, longer = room // 2, room // 2 + room % 2
-    return (shorter, longer) if first <= second else (longer, shorter)
 
 
 def _find_bad_text(texts: Sequence[object]) -> None:
