@@ -27,6 +27,7 @@ from lathe.errors import LatheError, RequestError
 
 # The verbs, in the order that `lathe --help` lists them, and the module of each.
 VERBS: dict[str, str] = {
+    "plan": "lathe.cli.plan",
     "generate": "lathe.cli.generate",
     "tokenize": "lathe.cli.tokenize",
     "tokenizer": "lathe.cli.tokenizer",
