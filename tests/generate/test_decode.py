@@ -140,6 +140,25 @@ def test_an_encoder_decoder_goes_on_from_a_prompt_of_its_own(name: str) -> None:
     assert torch.equal(other, theirs.generate(**batch, decoder_start_token_id=9, max_new_tokens=6))
 
 
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_such_prompts_may_be_ragged(name: str) -> None:
+    """T5's start token is its padding token, and so stands in front of a row that is padded on the left."""
+    ours = twins(name)[1]
+    batch = prompts(ours.architecture, "right")
+    given = prompts(ours.architecture, "left", seed=1)
+    out = ours.generate(
+        **batch, **{f"decoder_{key}": value for key, value in given.items()}, max_new_tokens=6, eos_token_id=None
+    )
+    for row, n in enumerate(LENGTHS):
+        alone = ours.generate(
+            batch["input_ids"][row : row + 1, :n],
+            decoder_input_ids=given["input_ids"][row : row + 1, -n:],
+            max_new_tokens=6,
+            eos_token_id=None,
+        )
+        assert torch.equal(out[row, -6:], alone[0, -6:])
+
+
 def test_the_settings_stored_with_a_model_are_where_it_starts_from(gpt2: lathe.Model) -> None:
     batch = prompts(gpt2.architecture)
     model = lathe.Model(gpt2.architecture, gpt2.tensors(), generation={"max_new_tokens": 3, "top_k": 0})

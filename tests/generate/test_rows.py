@@ -100,3 +100,10 @@ def test_weights_that_give_no_numbers_are_an_error_and_no_text() -> None:
         model.get_parameter("decoder.norm.bias")[0] = torch.nan
     with pytest.raises(LatheError, match="logits are not all numbers"):
         model.generate(torch.tensor([[5, 6]]))
+
+
+def test_a_cache_that_no_memory_holds_is_one_line() -> None:
+    wide = {"d_model": 8, "d_ff": 8, "n_layers": 1, "n_heads": 16, "n_kv_heads": 16, "d_head": 4096, "vocab_size": 99}
+    model = lathe.Model(lathe.preset("llama-2-7b").with_(wide))
+    with pytest.raises(LatheError, match=r"1 rows of 1,073,741,825 tokens does not fit into memory"):
+        model.generate(torch.tensor([[5, 6]]), max_new_tokens=2**30)

@@ -92,14 +92,14 @@ def generate(
 
 def tokens(rows: Rows, settings: Settings, n_prompt: int, max_new: int) -> Iterator[Tensor]:
     """Each step's tokens, B · num_return_sequences of them, until every row has ended or `max_new` are there."""
+    n_prompts, copies = len(rows.prompt.ids_BT), settings.num_return_sequences
+    u_BN = numbers(settings, n_prompts, max_new, rows.model.device) if settings.do_sample else None
     logits_BV = rows.prefill()
-    n_prompts, copies = len(logits_BV), settings.num_return_sequences
     if copies > 1:
         each_B = torch.arange(n_prompts, device=logits_BV.device).repeat_interleave(copies)
         rows.reorder(each_B)
         logits_BV = logits_BV[each_B]
     filters = pipeline(settings)
-    u_BN = numbers(settings, n_prompts, max_new).to(logits_BV.device) if settings.do_sample else None
     ends = torch.tensor(settings.eos_token_id, dtype=torch.long, device=logits_BV.device)
     ended_B = torch.zeros(len(logits_BV), dtype=torch.bool, device=logits_BV.device)
     for step in range(max_new):

@@ -16,8 +16,8 @@ from lathe.generate.settings import Settings
 _MASK = 2**64 - 1
 
 
-def numbers(settings: Settings, n_prompts: int, max_new: int) -> Tensor:
-    """The numbers from [0, 1) that the rows draw with, rows × `max_new`, float64 on the CPU.
+def numbers(settings: Settings, n_prompts: int, max_new: int, device: torch.device | str = "cpu") -> Tensor:
+    """The numbers from [0, 1) that the rows draw with, rows × `max_new`, float64 where the device has it.
 
     Row i of a single seed has a stream of its own, and so has each prompt's copy j where every prompt has a seed.
     A prompt alone with a seed draws what it draws in a batch with that seed in its place.
@@ -31,16 +31,16 @@ def numbers(settings: Settings, n_prompts: int, max_new: int) -> Tensor:
         streams = [(each, copy) for each in seed for copy in range(copies)]
     else:
         raise RequestError(f"{len(seed)} seeds for {n_prompts} prompts: expected one for each, or one number for all")
-    return torch.stack([_stream(*stream, max_new) for stream in streams])
+    wide = torch.float32 if torch.device(device).type == "mps" else torch.float64
+    return torch.stack([_stream(*stream, max_new) for stream in streams]).to(wide).to(device)
 
 
 def draw(logits_BV: Tensor, u_B: Tensor) -> Tensor:
-    """A token a row, from the softmax of its logits."""
-    wide = torch.float32 if logits_BV.device.type == "mps" else torch.float64
-    sums_BV = logits_BV.to(wide).softmax(dim=-1).cumsum(dim=-1)
+    """A token a row, from the softmax of its logits; `u_B` are `numbers`."""
+    sums_BV = logits_BV.to(u_B.dtype).softmax(dim=-1).cumsum(dim=-1)
     total_B1 = sums_BV[:, -1:]
     # Rounding may lift u times the total to the total itself, past the last token that has any chance.
-    at_B1 = torch.minimum(u_B[:, None].to(total_B1) * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
+    at_B1 = torch.minimum(u_B[:, None] * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
     return torch.searchsorted(sums_BV, at_B1, right=True)[:, 0]
 
 

@@ -58,7 +58,7 @@ def make_prompt(
     """
     if not isinstance(ids_BT, Tensor):
         raise RequestError(f"{name} is a {type(ids_BT).__name__}: expected a tensor of token ids, batch × length")
-    check_ids(ids_BT, vocab_size)
+    check_ids(ids_BT.cpu(), vocab_size)  # once a call, so wherever they are
     if not ids_BT.numel():
         raise RequestError(f"{name} has shape {tuple(ids_BT.shape)}: expected a prompt of at least one token a row")
     ids_BT = ids_BT.to(device, torch.long)
@@ -92,8 +92,9 @@ def start(batch: int, name: str, token: int | None, device: torch.device) -> Pro
 
 
 def with_start(prompt: Prompt, token: int | None) -> Prompt:
-    """A decoder's prompt with the start token in front, unless it stands there already."""
-    if token is None or bool((prompt.ids_BT[:, 0] == token).any()):
+    """A decoder's prompt with the start token in front, unless a row's first token is one already."""
+    leading_B1 = prompt.mask_BT.argmax(dim=1, keepdim=True)
+    if token is None or bool((prompt.ids_BT.gather(1, leading_B1) == token).any()):
         return prompt
     first_B1 = torch.full_like(prompt.ids_BT[:, :1], token)
     return Prompt(torch.cat((first_B1, prompt.ids_BT), 1), torch.cat((torch.ones_like(first_B1), prompt.mask_BT), 1))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from lathe.errors import LatheError
@@ -29,13 +30,23 @@ class Rows:
         prompt: what each row starts with.
         max_new: how many tokens are added at most.
         memory: the encoder's output, where there is one.
+
+    Raises:
+        LatheError: no memory for the cache.
     """
 
     def __init__(self, model: Transformer, prompt: Prompt, max_new: int, memory: Memory | None = None) -> None:
         self.model, self.memory = model, memory
         self.prompt = prompt.padded_left()
         batch, columns = self.prompt.ids_BT.shape
-        self.cache = Cache(model.architecture, batch, columns + max_new - 1, dtype=model.dtype, device=model.device)
+        slots = columns + max_new - 1
+        try:
+            self.cache = Cache(model.architecture, batch, slots, dtype=model.dtype, device=model.device)
+        except RuntimeError as error:  # what torch raises on every device when memory runs out
+            raise LatheError(
+                f"a cache for {batch:,} rows of {slots:,} tokens does not fit into memory; "
+                "ask for fewer new tokens, or for fewer rows at once"
+            ) from error
 
     def prefill(self) -> Tensor:
         """Read the prompt; the logits of each row's next token, B × V, float32."""
@@ -52,6 +63,7 @@ class Rows:
             padding_BS = None if self.memory.padding_BS is None else self.memory.padding_BS[rows_B]
             self.memory = replace(self.memory, hidden_BSD=self.memory.hidden_BSD[rows_B], padding_BS=padding_BS)
 
+    @torch.no_grad()
     def _read(self, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
         if self.memory is None:
             out: Output = self.model(
