@@ -40,7 +40,8 @@ def attend(
     allowed = mask.allowed
     if bias_BHTS is not None:
         allowed = mask.dense(q_BHTK.shape[2], k_BGSK.shape[2], q_BHTK.device)
-        allowed = bias_BHTS if allowed is None else _where(allowed, bias_BHTS)
+        allowed = bias_BHTS if allowed is None else hide(allowed, bias_BHTS)
+        allowed = allowed.to(q_BHTK.dtype)
     return F.scaled_dot_product_attention(
         q_BHTK,
         k_BGSK,
@@ -71,13 +72,14 @@ def attend_reference(
         scores_BHTS = scores_BHTS + bias_BHTS
     allowed = mask.dense(q_BHTK.shape[2], k_BGSK.shape[2], q_BHTK.device)
     if allowed is not None:
-        scores_BHTS = _where(allowed, scores_BHTS)
+        scores_BHTS = hide(allowed, scores_BHTS)
     wide = scores_BHTS.float() if scores_BHTS.dtype in (torch.float16, torch.bfloat16) else scores_BHTS
     weights_BHTS = wide.softmax(dim=-1).to(q_BHTK.dtype)
     return F.dropout(weights_BHTS, dropout) @ v_BHSK, weights_BHTS
 
 
-def _where(allowed: Tensor, scores: Tensor) -> Tensor:
+def hide(allowed: Tensor, scores: Tensor) -> Tensor:
+    """Scores, the lowest there is where a key may not be seen."""
     # The lowest finite number, not -inf: a row with no visible key must not turn into NaN.
     return torch.where(allowed, scores, torch.finfo(scores.dtype).min)
 

@@ -13,7 +13,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from lathe.architecture import Architecture, Stack
-from lathe.model.attention import AttentionLayer
+from lathe.model.attention import AttentionLayer, hide
 from lathe.model.block import Layer, Surroundings
 from lathe.model.cache import Cache
 from lathe.model.embedding import Embedding, StackInput
@@ -157,7 +157,11 @@ class TransformerStack(nn.Module):
         spec = self.spec.positions
         around = Surroundings(mask, weights=weights)
         if self.relative_bias is not None:
-            around = replace(around, bias_BHTS=self.relative_bias(places_BT, keys_S))
+            # Masked here, once, and not in every layer again.
+            bias_BHTS = self.relative_bias(places_BT, keys_S)
+            allowed = mask.dense(places_BT.shape[1], len(keys_S), bias_BHTS.device)
+            bias_BHTS = bias_BHTS if allowed is None else hide(allowed, bias_BHTS)
+            around = replace(around, mask=Mask(), bias_BHTS=bias_BHTS)
         if spec.kind == "rotary":
             around = replace(around, rotation=rotation(positions_BT, spec, self.spec.attention.d_head))
         if memory is not None:

@@ -52,12 +52,11 @@ def unit(x: Tensor, *, centred: bool) -> Tensor:
     return x / x.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
 
 
-def moments(model: Transformer, batches: Iterable[Batch], norms: Iterable[str], *, centred: bool) -> Moments:
+def moments(model: Transformer, batches: Iterable[Batch], norms: Iterable[str]) -> Moments:
     """Run the batches through the model and gather the moments at each of `norms`.
 
     Args:
         batches: keyword arguments of the model, one mapping each.
-        centred: whether the norms remove the mean.
 
     Raises:
         RequestError: no tokens.
@@ -65,6 +64,8 @@ def moments(model: Transformer, batches: Iterable[Batch], norms: Iterable[str], 
     gathered = Moments()
 
     def listener(norm: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        centred = isinstance(model.get_submodule(norm), nn.LayerNorm)
+
         def listen(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             gathered.add(norm, unit(inputs[0], centred=centred).flatten(0, -2)[_tokens(inputs[0], norm, current)])
 

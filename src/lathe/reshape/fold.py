@@ -42,8 +42,10 @@ def fold(state: State, norms: list[str]) -> State:
             weight = changed.get(reader.name, state.wide(reader.name))
             changed[reader.name] = weight * scale
             if has_shift:
-                bias = reader.name.removesuffix("weight") + "bias"
-                changed[bias] = changed.get(bias, state.wide(bias)) + weight @ shift * _input_factor(state, reader.name)
+                bias, constant = _bias_for(reader.name), weight @ shift * _input_factor(state, reader.name)
+                if bias != reader.name.removesuffix("weight") + "bias":
+                    constant = _output_table(state) @ constant
+                changed[bias] = changed.get(bias, state.wide(bias)) + constant
         changed[f"{norm}.weight"] = torch.ones_like(scale)
         if has_shift:
             changed[f"{norm}.bias"] = torch.zeros_like(scale)
@@ -64,7 +66,7 @@ def _with_biases(state: State, norms: list[str]) -> State:
         if f"{norm}.bias" not in state.tensors:
             continue
         for reader in readers(state.architecture, norm):
-            if reader.name.removesuffix("weight") + "bias" not in state.tensors:
+            if _bias_for(reader.name) not in state.tensors:
                 changes[_bias_field(reader.name)] = True
     if not changes:
         return state
@@ -74,6 +76,22 @@ def _with_biases(state: State, norms: list[str]) -> State:
         p.name: torch.zeros(p.shape, dtype=torch.float64) for p in grown.parameters() if p.name not in state.tensors
     }
     return State(architecture, {**state.tensors, **zeros})
+
+
+def _bias_for(weight: str) -> str:
+    """The bias that takes what a norm's shift becomes in the linear layer of `weight`.
+
+    A factorised head's projection has none; what it would hold goes on to the output's.
+    """
+    if weight == "head.language.projection.weight":
+        return "head.language.output.bias"
+    return weight.removesuffix("weight") + "bias"
+
+
+def _output_table(state: State) -> Tensor:
+    """What a language head multiplies last: its own table, or the token table."""
+    own = "head.language.output.weight"
+    return state.wide(own if own in state.tensors else "embedding.tokens.weight")
 
 
 def _bias_field(weight: str) -> str:

@@ -129,8 +129,7 @@ def _cutting(field: str, group: str, size: int, method: str) -> Operation:
         if method == "truncate":
             return _kept(state, group, field, torch.arange(size), method)
         norms = norms_of(state.architecture, group)
-        centred = is_centred(state.architecture, group)
-        seen = moments(model, batches, norms, centred=centred)
+        seen = moments(model, batches, norms)
         if method == "select":
             return _kept(state, group, field, _most_active(state, norms, seen, size), method)
         _require_pre_norm(state.architecture, group)

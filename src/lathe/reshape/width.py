@@ -27,6 +27,7 @@ from torch import Tensor
 from lathe.architecture import Architecture
 from lathe.blueprint import Parameter, blueprint
 from lathe.errors import RequestError
+from lathe.model.positions import sinusoid
 from lathe.reshape.calibrate import Moments
 from lathe.reshape.fold import fold, is_tied, readers
 from lathe.reshape.state import State, Step, multiply
@@ -111,6 +112,25 @@ def without_mean(width: int) -> Tensor:
     return reflection[:, :-1]
 
 
+def with_stored_positions(state: State, group: str) -> State:
+    """The state with sinusoidal positions as a learned table, where they are added along `group`.
+
+    A computed sinusoid has its own channels and follows no cut; a table that holds the same numbers does.
+    """
+    a = state.architecture
+    if group != ("residual" if a.embedding.d_embed is None else "embed"):
+        return state
+    tables: dict[str, Tensor] = {}
+    changes: dict[str, object] = {}
+    for name, stack in a.stacks:
+        if stack.positions.kind == "sinusoidal":
+            rows = torch.arange(stack.positions.max_positions or 0)[None]
+            tables[f"{name}.input.positions.weight"] = sinusoid(rows, a.width)[0].double()
+            changes[f"{name}.positions.kind"] = "learned"
+            changes[f"{name}.positions.offset"] = 0
+    return state.with_(tables, changes)
+
+
 def rotate(state: State, group: str, field: str, basis: Basis, moments: Moments) -> tuple[State, Step]:
     """Write the axis `group` in the channels of `basis`.
 
@@ -119,7 +139,7 @@ def rotate(state: State, group: str, field: str, basis: Basis, moments: Moments)
     """
     old, new = basis.matrix.shape
     norms = norms_of(state.architecture, group)
-    state = fold(state, norms)
+    state = fold(with_stored_positions(state, group), norms)
     changed: dict[str, Tensor] = {}
     for parameter, dim in state.along(group):
         if parameter.role in ("scale", "shift") or _is_head_output(parameter, group):
@@ -225,6 +245,7 @@ def _rescaled(state: State, field: str, old: int, new: int, changed: dict[str, T
 
 def keep(state: State, group: str, field: str, channels: Tensor, method: str) -> tuple[State, Step]:
     """Keep some channels of an axis as they are; `channels` holds their numbers."""
+    state = with_stored_positions(state, group)
     changed: dict[str, Tensor] = {}
     old = 0
     for parameter, dim in state.along(group):
