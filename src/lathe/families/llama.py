@@ -80,15 +80,43 @@ class _Kind:
 
 
 _KINDS = (
-    _Kind("llama", "Llama", 32000, 11008, 2048, None, 1, 2, qkv_bias=None, divides=True),
-    _Kind("mistral", "Mistral", 32000, 14336, 131072, 8, 1, 2, qkv_bias=False, window=("sliding_window",)),
     _Kind(
-        *("qwen2", "Qwen2", 151936, 22016, 32768, 32, None, None),
+        name="llama",
+        stem="Llama",
+        vocab_size=32000,
+        d_ff=11008,
+        max_positions=2048,
+        n_kv_heads=None,
+        bos=1,
+        eos=2,
+        qkv_bias=None,
+        divides=True,
+    ),
+    _Kind(
+        name="mistral",
+        stem="Mistral",
+        vocab_size=32000,
+        d_ff=14336,
+        max_positions=131072,
+        n_kv_heads=8,
+        bos=1,
+        eos=2,
+        qkv_bias=False,
+        window=("sliding_window",),
+    ),
+    _Kind(
+        name="qwen2",
+        stem="Qwen2",
+        vocab_size=151936,
+        d_ff=22016,
+        max_positions=32768,
+        n_kv_heads=32,
+        bos=None,
+        eos=None,
         qkv_bias=True,
         window=("sliding_window", "use_sliding_window"),
     ),
 )
-
 
 # Stock classes compute this one by a kernel under one name and step by step under the other; ours is the kernel.
 _ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh"}
@@ -159,11 +187,14 @@ def _read_window(kind: _Kind, config: Config) -> int | None:
         window = None if config.get("sliding_window", 4096) is None else whole(config, "sliding_window", 4096)
     full = whole(config, "max_window_layers", 28, least=0) if len(kind.window) > 1 else 0
     layers = ["sliding_attention" if window is not None and i >= full else "full_attention" for i in range(n_layers)]
-    layers = given(config, "layer_types", layers) if kind.window else layers
+    named = given(config, "layer_types", layers) if kind.window else layers
+    if not isinstance(named, list | tuple):
+        raise RequestError(f"layer_types={named!r} in the config: expected a list of one word a layer")
+    layers = [str(each) for each in named]
     if window is None and "sliding_attention" in layers:
         raise RequestError("layer_types in the config has sliding_attention and no window is set; expected one of both")
     if len(set(layers)) != 1 or layers[0] not in ("sliding_attention", "full_attention"):
-        ways = ", ".join(sorted(set(map(str, layers)))) or "none at all"
+        ways = ", ".join(sorted(set(layers))) or "none at all"
         raise RequestError(
             f"layer_types in the config: the layers are {ways}; only full_attention for all of them, "
             "or sliding_attention for all, is supported"
@@ -190,7 +221,7 @@ def _read_scaling(rope: Mapping[str, Any], original: int) -> RotaryScaling | Non
     if kind == "default":
         return None
     if kind == "linear":
-        return RotaryScaling(kind="linear", factor=given(rope, "factor", 1.0))
+        return RotaryScaling(kind="linear", factor=required(rope, "factor"))
     if kind != "llama3":
         raise RequestError(f"rope_type={kind!r} in the config: expected one of default, linear, llama3")
     return RotaryScaling(
