@@ -451,8 +451,8 @@ class FamilyContract:
         if not out.fits:
             pytest.skip("nothing leads back")
         a = self.architecture(out.kind).with_(out.changes)
-        for objection in objections(a):
-            a = a.with_(objection.changes)
+        changes = [objection.changes for objection in objections(a)]
+        a = a.with_({path: value for each in changes for path, value in each.items()})
         assert objections(a) == []
         assert read_config(write_config(a)).family == a.family
 

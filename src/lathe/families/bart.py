@@ -192,7 +192,9 @@ def _heads_fit(name: str) -> Check:
         attention, d_model = dict(architecture.stacks)[name].attention, architecture.d_model
         if attention.d_q == d_model:
             return None
-        changes = heads_that_fit(d_model, attention.n_heads, attention.d_head)
+        changes: dict[str, Any] = heads_that_fit(d_model, attention.n_heads, attention.d_head)
+        if attention.n_kv_heads is not None:
+            changes["n_kv_heads"] = None  # the new heads may not divide into the old groups
         return Objection(
             f"{name}.n_heads · d_head is {attention.d_q} and d_model is {d_model}, and a bart has them equal",
             {f"{name}.attention.{field}": value for field, value in changes.items()},

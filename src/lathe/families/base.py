@@ -12,7 +12,7 @@ A family is data, not code that runs a model. It says
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lathe.architecture import Architecture
@@ -62,7 +62,8 @@ class Objection:
 
     Args:
         reason: one clause, such as "n_heads · d_head is 768 and d_model is 512".
-        changes: fields for `Architecture.with_` that remove the objection; empty where none would.
+        changes: fields for `Architecture.with_` that remove the objection; empty where none would. Several
+            objections' changes are made together, in one call: one without the other may be no architecture.
     """
 
     reason: str
@@ -266,10 +267,19 @@ def round_trip_objections(
         back = read(config, config["architectures"][0])
     except RequestError as error:
         return [Objection(f"a {name} config cannot say it: {error}", {})]
-    return [
+    found = [
         _objection(path, ours, theirs, name)
         for path, ours, theirs in _differences(_computing(architecture), _computing(back))
     ]
+    return [_ungrouped(architecture, each) for each in found]
+
+
+def _ungrouped(architecture: Architecture, objection: Objection) -> Objection:
+    # Other heads may not divide into the groups that were named, so the groups go in the same step.
+    for name, stack in architecture.stacks:
+        if f"{name}.attention.n_heads" in objection.changes and stack.attention.n_kv_heads is not None:
+            return replace(objection, changes={**objection.changes, f"{name}.attention.n_kv_heads": None})
+    return objection
 
 
 def _objection(path: str, ours: Any, theirs: Any, name: str) -> Objection:
