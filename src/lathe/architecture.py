@@ -115,6 +115,8 @@ class Attention(Spec):
     window: int | None = size(2**30, default=None)  # each token sees itself and the window-1 tokens before it
 
     def check(self) -> None:
+        if self.n_kv_heads == self.n_heads:
+            object.__setattr__(self, "n_kv_heads", None)  # one way to say it, so that equal models compare equal
         if self.n_heads % self.kv_heads:
             raise RequestError(
                 f"n_kv_heads={self.n_kv_heads}: expected a divisor of n_heads={self.n_heads}, "

@@ -34,10 +34,10 @@ class Story:
     cut: Mapping[str, Any]
     sizes: Mapping[str, Any]
     head: str | None = None
-    vocab_size: int = 4000
-    length: int = 192
-    rows: int = 16
-    lr: float = 3e-3
+    vocab_size: int = 2000
+    length: int = 128
+    rows: int = 24
+    lr: float = 4e-3
     steps: int = 400
     heal_steps: int = 80
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
@@ -48,29 +48,29 @@ class Story:
         return base.with_({**self.sizes, "vocab_size": vocab_size, "tokens": {**base.tokens.to_dict(), **tokens}})
 
 
-_DECODER_SIZES = {"d_model": 192, "n_layers": 4, "n_heads": 4, "d_head": 48, "d_ff": 512}
+_DECODER_SIZES = {"d_model": 128, "n_layers": 4, "n_heads": 4, "d_head": 32, "d_ff": 384}
 
 STORIES: dict[str, Story] = {
     "t5": Story(
         preset="t5-small",
         convention="t5",
         objective="span_corruption",
-        sizes={"d_model": 192, "n_layers": 3, "n_heads": 4, "d_head": 48, "d_ff": 512},
-        cut={"d_model": 144},
+        sizes={"d_model": 128, "n_layers": 3, "n_heads": 4, "d_head": 32, "d_ff": 384},
+        cut={"d_model": 96},
     ),
     "gpt2": Story(
         preset="gpt2",
         convention="gpt2",
         objective="causal",
         sizes={**_DECODER_SIZES, "max_positions": 256},
-        cut={"d_model": 144},
+        cut={"d_model": 96},
     ),
     "llama": Story(
         preset="llama-2-7b",
         convention="llama",
         objective="causal",
         sizes={**_DECODER_SIZES, "max_positions": 256, "n_kv_heads": 2},
-        cut={"d_model": 144},
+        cut={"d_model": 96},
     ),
     "albert": Story(
         preset="albert-base",
@@ -86,7 +86,7 @@ STORIES: dict[str, Story] = {
             "d_ff": 768,
             "max_positions": 256,
         },
-        cut={"d_embed": 96},
+        cut={"d_embed": 64},
     ),
 }
 
