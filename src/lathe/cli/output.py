@@ -49,6 +49,11 @@ def say(line: str) -> None:
     messages().print(line, soft_wrap=True)
 
 
+def write(text: str) -> None:
+    """Write text that is the answer to stdout as it stands, with an end of line; rich is not imported for it."""
+    sys.stdout.write(text + "\n")
+
+
 def emit_json(answer: Mapping[str, Any]) -> None:
     """Write one JSON object to stdout, with an end of line.
 

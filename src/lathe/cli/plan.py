@@ -39,8 +39,11 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show parameters, bytes, operations and memory of a model, before and after a change, without its weights."""
+    from lathe.cli.output import emit_json, write
     from lathe.cli.settings import parse_settings
     from lathe.planner import plan
+    from lathe.planner.quantities import written
+    from lathe.planner.text import render
 
     changes: dict[str, Any] = dict(parse_settings(settings or []))
     # A preset's head is chosen by name; it is where the plan starts from, not a change.
@@ -55,19 +58,11 @@ def command(
         flops_per_second=flops_per_second,
     )
     if as_json:
-        from lathe.cli.output import emit_json
-
         emit_json({"model": model, **found.to_dict()})
         return
-    from lathe.cli.output import answers
-    from lathe.planner.quantities import written
-    from lathe.planner.text import render
-
-    console = answers()
-    console.print(model, soft_wrap=True)
-    console.print(render(found, min(console.width, 100)), soft_wrap=True)
+    write(f"{model}\n{render(found)}")
     if found.proposal:
-        console.print(f"\nlathe plan {model} {written({**head, **changes, **found.proposal})}", soft_wrap=True)
+        write(f"\nlathe plan {model} {written({**head, **changes, **found.proposal})}")
 
 
 def _architecture(model: str, head: str | None) -> Architecture:

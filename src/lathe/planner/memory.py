@@ -224,14 +224,14 @@ def inference_memory(architecture: Architecture, batch: int, length: int) -> Inf
 
 
 def _workspace(architecture: Architecture, batch: int, length: int) -> int:
-    tokens, d = batch * length, architecture.d_model
-    # The embeddings and the stream live on in the callers: with positions added, before and after a layer.
-    stream = 4 * tokens * d
+    tokens = batch * length
+    # The callers hold the embeddings, alone and with positions added, and the stream before and after a norm.
+    held = tokens * (2 * architecture.width + 2 * architecture.d_model)
     layers = max(_layer_workspace(architecture, stack, batch, length) for _, stack in architecture.stacks)
     head, language = 0, architecture.head.language
     if language is not None:
         head = tokens * architecture.embedding.vocab_size * (2 if language.offset else 1)
-    return (stream + max(layers, head)) * FLOAT
+    return (held + max(layers, head)) * FLOAT
 
 
 def _layer_workspace(architecture: Architecture, stack: Stack, batch: int, length: int) -> int:

@@ -64,7 +64,7 @@ def render(plan: Plan, width: int = 80) -> str:
     paragraphs = [] if not changed else [summary(plan)]
     paragraphs += [each.text for each in plan.consequences]
     if plan.proposal:
-        paragraphs.append("Proposed: " + written(plan.proposal))
+        paragraphs.append(f"Proposed: {written(plan.proposal)}")
     for paragraph in paragraphs:
         lines += ["", *textwrap.wrap(paragraph, width, break_on_hyphens=False)]
     if plan.corpus is not None:
