@@ -6,6 +6,7 @@ from lathe import presets
 from lathe.architecture import Architecture
 from lathe.blueprint import count
 from lathe.errors import RequestError
+from lathe.families import read_config, write_config
 
 # Published counts, unique tensors counted once: (preset, head, parameters). None is the preset's own head.
 PUBLISHED = [
@@ -81,6 +82,17 @@ def test_no_setting_of_a_preset_is_left_at_a_default_by_oversight(name: str) -> 
     if architecture.decoder is not None:
         assert architecture.decoder.causal
         assert architecture.tokens.eos
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_the_stock_config_says_the_same(name: str) -> None:
+    for head in presets.heads(name):
+        architecture = presets.preset(name, head)
+        if head == "none" and architecture.family in ("bert", "albert"):
+            continue  # their bare class has a pooler
+        back = read_config(write_config(architecture))
+        # The mask token is the tokenizer's to know, and no config.json names it.
+        assert back == architecture.with_({"tokens.mask": None}), head
 
 
 def test_a_name_that_is_like_another_is_the_same_architecture() -> None:

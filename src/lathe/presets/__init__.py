@@ -1,9 +1,9 @@
 """Published models' architectures by name, as data.
 
 Each JSON file beside this one holds one generation of a family: a `base` architecture, the heads that its
-checkpoints are used with, and each model as what it changes in the base. So a file can be read against
-the paper's table that `source` names. A model that is `like` another is the same architecture under a
-second name.
+checkpoints are used with (and what else comes `with_head`), and each model as what it changes in the base. So
+a file can be read against the paper's table that `source` names. A model that is `like` another is the same
+architecture under a second name.
 
 One checkpoint serves several heads: BERT is an encoder with a pooler, a masked language model, a
 classifier. A preset is the natural one of them, and `head` picks another:
@@ -12,7 +12,7 @@ classifier. A preset is the natural one of them, and `head` picks another:
   (masked tokens and a two-way sentence label) and `classification`
 - ELECTRA's discriminator: `replaced` (real or replaced, for each token), `masked`, `classification`
 - everything that generates: `language`, `classification`
-- all of them: `none`, the stacks alone
+- all of them: `none`, the stacks alone (as a stock class, BERT and ALBERT always have their pooler)
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def preset(name: str, head: str | None = None) -> Architecture:
     if wanted not in choices:
         raise RequestError(f"head={wanted!r}: {name} has the heads {', '.join(choices)}; choose one of them")
     base = Architecture.from_dict({**family["base"], "head": choices[wanted]})
-    return base.with_(changes)
+    # A head can come with settings of its own: no dropout stands before BERT's sentence label.
+    return base.with_({**changes, **family.get("with_head", {}).get(wanted, {})})
 
 
 def names() -> list[str]:
