@@ -1,17 +1,30 @@
 from __future__ import annotations
 
+import doctest
 import json
+from types import ModuleType
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 
+import lathe.architecture
+import lathe.blueprint
+import lathe.planner
+import lathe.presets
 from lathe.architecture import Architecture
 from lathe.errors import RequestError
 from lathe.planner import plan
 from lathe.planner.text import render
 from lathe.presets import names, preset
 from tests.strategies import MAX_POSITIONS, architectures
+
+
+@pytest.mark.parametrize("module", [lathe.planner, lathe.presets, lathe.architecture, lathe.blueprint])
+def test_the_examples_in_the_docstrings_are_true(module: ModuleType) -> None:
+    ran = doctest.testmod(module)
+    assert ran.attempted > 0
+    assert ran.failed == 0
 
 
 def test_before_and_after() -> None:

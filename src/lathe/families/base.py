@@ -227,7 +227,8 @@ def find_objections(
     """Every objection: those of `checks`, in order, then those of the round trip.
 
     Each check is given the architecture with the earlier objections' changes made, so that it sees one fault
-    at a time. Where an objection has no changes, the family is the wrong one and the search ends.
+    at a time. Where an objection has no changes, or impossible ones, the family is the wrong one and the
+    search ends.
     """
     found: list[Objection] = []
     for check in checks:
@@ -237,7 +238,11 @@ def find_objections(
         found.append(objection)
         if not objection.changes:
             return found
-        architecture = architecture.with_(objection.changes)
+        try:
+            architecture = architecture.with_(objection.changes)
+        except RequestError:
+            # What would fit the format cannot be, such as heads of an odd width under rotary positions.
+            return [*found[:-1], Objection(objection.reason, {})]
     return found + round_trip_objections(architecture, read, write)
 
 

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lathe.architecture import Architecture, Stack
+from lathe.architecture import ALIASES, Architecture, Stack
 from lathe.blueprint import stored
+from lathe.errors import RequestError
 from lathe.families import objections
 from lathe.planner.costs import Costs
 from lathe.planner.quantities import bytes_text, count_text, written
@@ -105,11 +106,13 @@ def _format(change: _Change, adjusted: Mapping[str, Any]) -> Iterator[Consequenc
             yield Consequence("format", f"{text} It saves in Lathe's own form (lathe.json).")
             return
         fixes |= each.changes
-    if left:
+    if not left:
+        yield Consequence("format", f"{text} The adjustments below make it fit.")
+    elif not _can_be(change.new, {**adjusted, **fixes}):
+        yield Consequence("format", f"{text} It saves in Lathe's own form (lathe.json).")
+    else:
         fixes = _short(change.new, fixes)
         yield Consequence("format", f"{text} With {written(fixes)} it can.", fixes)
-    else:
-        yield Consequence("format", f"{text} The adjustments below make it fit.")
 
 
 def _heads(change: _Change) -> Iterator[Consequence]:
@@ -136,7 +139,7 @@ def _heads(change: _Change) -> Iterator[Consequence]:
     for objection in objections(change.new.with_(wanted)):
         # A format that wants other heads than these: n_heads · d_head = d_model where d_head does not divide it.
         fixed = {path: value for name, value in objection.changes.items() for path in change.new.paths(name)}
-        if wanted.keys() & fixed.keys():
+        if wanted.keys() & fixed.keys() and _can_be(change.new, {**wanted, **fixed}):
             wanted |= fixed
     wanted = {path: value for path, value in wanted.items() if _at(change.new, path) != value}
     if wanted:
@@ -339,6 +342,15 @@ _RULES: tuple[Callable[[_Change], Iterator[Consequence]], ...] = (
 )
 
 
+def _can_be(architecture: Architecture, changes: Mapping[str, Any]) -> bool:
+    """Whether the sizes are legal together: a format may want an odd d_head, which rotary positions cannot have."""
+    try:
+        architecture.with_(changes)
+    except RequestError:
+        return False
+    return True
+
+
 def _same(before: float, after: float) -> bool:
     return abs(after / before - 1) <= DRIFT
 
@@ -365,6 +377,7 @@ def _short(architecture: Architecture, changes: Mapping[str, Any]) -> dict[str, 
     short: dict[str, Any] = {}
     for path, value in changes.items():
         leaf = path.rpartition(".")[2]
-        same = all(changes.get(each) == value for each in architecture.paths(leaf))
+        known = leaf in ALIASES and path in architecture.paths(leaf)
+        same = known and all(each in changes and changes[each] == value for each in architecture.paths(leaf))
         short[leaf if same else path] = value
     return short
