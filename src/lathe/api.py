@@ -118,6 +118,12 @@ class Model(Transformer):
         Raises:
             RequestError: `path` exists.
             LatheError: the disk is full; nothing is left behind.
+
+        >>> import lathe, tempfile
+        >>> tiny = lathe.preset("gpt2").with_(d_model=24, n_heads=2, d_head=12, d_ff=48, n_layers=1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     lathe.Model(tiny, seed=0).save(folder + "/tiny").stock
+        True
         """
         saved = save_checkpoint(
             path,

@@ -453,6 +453,10 @@ class Architecture(Spec):
             more: bare names. A field of the architecture itself (`d_model`) or a short name that sets every
                 stack that has it (`n_layers`, `n_heads`, `d_head`, `d_ff`, `sharing`, …).
 
+        >>> import lathe
+        >>> lathe.preset("t5-small").with_({"decoder.n_layers": 2}, d_ff=1024, sharing="all").decoder.n_layers
+        2
+
         A smaller vocabulary loses the token ids (`tokens.eos`, …) that it no longer holds; give them anew.
 
         Raises:

@@ -40,8 +40,8 @@ def page(journey: Journey) -> str:
     )
     made.table(HEADER, cells(journey.rows), marked=len(journey.rows) - 1)
     made.picture(
-        bars({row.name: row.loss for row in journey.rows}, y="validation loss, nats"),
-        "Validation loss: a plain truncation keeps the first channels; the rotation keeps the directions in which "
+        bars({row.name: row.loss - journey.rows[0].loss for row in journey.rows[1:]}, y="nats above the parent"),
+        "What each cut lost: a plain truncation keeps the first channels; the rotation keeps the directions in which "
         "the model moves most; healing learns from the parent for a few steps.",
     )
     made.heading("What the cut did")
@@ -50,6 +50,7 @@ def page(journey: Journey) -> str:
         kept = {k: v for k, v in step.items() if k not in ("name", "exact")}
         made.text(f"{step['name']} ({kind})")
         if kept:
+            made.text("The share of the stream's second moment that each norm still sees:")
             made.facts({name: f"{value:.4f}" for name, value in kept.items()})
     made.text(f"After a reload from disk the largest difference of a logit is {journey.reload_error:g}.")
     made.heading("Training")

@@ -37,9 +37,9 @@ class Story:
     vocab_size: int = 2000
     length: int = 128
     rows: int = 24
-    lr: float = 4e-3
-    steps: int = 400
-    heal_steps: int = 80
+    lr: float = 5e-3
+    steps: int = 700
+    heal_steps: int = 120
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
 
     def architecture(self, vocab_size: int, tokens: Mapping[str, Any]) -> Architecture:
@@ -48,29 +48,29 @@ class Story:
         return base.with_({**self.sizes, "vocab_size": vocab_size, "tokens": {**base.tokens.to_dict(), **tokens}})
 
 
-_DECODER_SIZES = {"d_model": 128, "n_layers": 4, "n_heads": 4, "d_head": 32, "d_ff": 384}
+_DECODER_SIZES = {"d_model": 96, "n_layers": 3, "n_heads": 4, "d_head": 24, "d_ff": 256}
 
 STORIES: dict[str, Story] = {
     "t5": Story(
         preset="t5-small",
         convention="t5",
         objective="span_corruption",
-        sizes={"d_model": 128, "n_layers": 3, "n_heads": 4, "d_head": 32, "d_ff": 384},
-        cut={"d_model": 96},
+        sizes={"d_model": 96, "n_layers": 2, "n_heads": 4, "d_head": 24, "d_ff": 256},
+        cut={"d_model": 72},
     ),
     "gpt2": Story(
         preset="gpt2",
         convention="gpt2",
         objective="causal",
         sizes={**_DECODER_SIZES, "max_positions": 256},
-        cut={"d_model": 96},
+        cut={"d_model": 72},
     ),
     "llama": Story(
         preset="llama-2-7b",
         convention="llama",
         objective="causal",
         sizes={**_DECODER_SIZES, "max_positions": 256, "n_kv_heads": 2},
-        cut={"d_model": 96},
+        cut={"d_model": 72},
     ),
     "albert": Story(
         preset="albert-base",
@@ -86,7 +86,7 @@ STORIES: dict[str, Story] = {
             "d_ff": 768,
             "max_positions": 256,
         },
-        cut={"d_embed": 64},
+        cut={"d_embed": 48},
     ),
 }
 

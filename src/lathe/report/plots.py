@@ -8,7 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _COLOURS = ("#2f6fab", "#c8553d", "#4a8f55", "#8a5fa8", "#b8860b", "#5c6b73")
-_SETTINGS: Any = {"svg.hashsalt": "lathe", "svg.fonttype": "path", "font.size": 11, "axes.grid": True, "grid.alpha": 0.25}
+_SETTINGS: Any = {
+    "svg.hashsalt": "lathe",
+    "svg.fonttype": "path",
+    "font.size": 11,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+}
 
 
 def curves(

@@ -1,7 +1,7 @@
 """Turn the sizes that were asked for into operations, and carry them out one after the other.
 
-Each field that changes belongs to one operation; what a change drags along (a head count that has to divide the
-width) is added first, by one rule: where a stack's heads filled the width exactly, they still do.
+Each field that changes belongs to one operation. What a change drags along is added first, by one rule: where a
+stack's heads filled the width exactly and the model's family insists on that, they still do, at another `d_head`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lathe.architecture import Architecture
 from lathe.errors import RequestError
+from lathe.families import objections
 from lathe.model.transformer import Transformer
 from lathe.reshape.calibrate import Batch, Moments, moments, unit
 from lathe.reshape.heads import narrow_heads
@@ -65,13 +66,15 @@ def resize(
 
 
 def with_followers(source: Architecture, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The changes and what they drag along: heads that filled the width go on filling it.
+    """The changes and what they drag along, where the family could not hold the result without it.
 
     Raises:
-        RequestError: where no whole number of channels per head does.
+        RequestError: where no whole number of channels per head fills the width.
     """
     target = source.with_(changes)
     out = dict(changes)
+    if not objections(target):
+        return out
     for name, stack in source.stacks:
         new = dict(target.stacks)[name].attention
         filled = stack.attention.d_q == source.d_model
