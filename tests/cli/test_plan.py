@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -146,6 +147,21 @@ def test_a_head_is_only_a_presets_to_choose(cli: Cli, tmp_path: Path) -> None:
     ran = cli("plan", file, "head=classification")
     assert ran.code == 2
     assert "only a preset has heads" in ran.err
+
+
+def _examples() -> list[tuple[str, str]]:
+    """The commands that docs/planning.md shows with their output."""
+    text = (Path(__file__).parents[2] / "docs" / "planning.md").read_text(encoding="utf-8")
+    return re.findall(r"^```\n\$ lathe (plan .*?)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def test_the_guide_shows_commands() -> None:
+    assert len(_examples()) >= 3
+
+
+@pytest.mark.parametrize(("words", "output"), _examples())
+def test_the_guide_shows_what_is_printed(cli: Cli, words: str, output: str) -> None:
+    assert cli(*words.split()).out == output
 
 
 def test_the_largest_plan_loads_neither_torch_nor_rich() -> None:

@@ -132,6 +132,11 @@ class TestOthers:
     def test_grouping_heads_shrinks_the_cache(self) -> None:
         assert "128 KiB a token in bfloat16 instead of 512 KiB" in _about(plan("llama-2-7b", n_kv_heads=8), "cache")
 
+    def test_ungrouping_heads_merges_none(self) -> None:
+        text = _about(plan("llama-3-8b", n_kv_heads=32), "cache")
+        assert "serves 1 query head, 4 before" in text
+        assert "merged" not in text
+
     def test_a_deep_and_narrow_model_is_called_so(self) -> None:
         assert "deep and narrow" in _about(plan("t5-large", d_model=256), "proportions")
         assert "shallow and wide" in _about(plan("llama-2-7b", n_layers=2), "proportions")

@@ -206,7 +206,6 @@ def _embedding(change: _Change) -> Iterator[Consequence]:
                 f"d_embed={a.embedding.d_embed} saves nothing: the table and the matrix that lifts it hold "
                 f"{count_text(factorised)}, one table of d_model {count_text(vocab * d)}. "
                 f"Below {limit + 1:,} it saves.",
-                {"d_embed": None} if change.set_by_hand("embedding.d_embed") else {},
             )
         elif change.old.embedding.d_embed is None:
             yield Consequence(
@@ -278,14 +277,15 @@ def _cache(change: _Change) -> Iterator[Consequence]:
     old, new = change.before.cache.per_token["bfloat16"], change.after.cache.per_token["bfloat16"]
     for _, was, now in change.stacks():
         before, after = (a.n_heads // a.kv_heads for a in (was.attention, now.attention))
-        if before != after and old and new:
-            yield Consequence(
-                "cache",
-                f"Each key-value head serves {after} query head{'s' if after > 1 else ''}, {before} before; the cache "
-                f"takes {bytes_text(new)} a token in bfloat16 instead of {bytes_text(old)}. Training or healing has to "
-                "make up for heads that were merged.",
-            )
-            return
+        if before == after or not (old and new):
+            continue
+        text = (
+            f"Each key-value head serves {after} query head{'s' if after > 1 else ''}, {before} before; the cache "
+            f"takes {bytes_text(new)} a token in bfloat16 instead of {bytes_text(old)}."
+        )
+        merged = " Training or healing has to make up for heads that are merged." if after > before else ""
+        yield Consequence("cache", text + merged)
+        return
 
 
 # Fields whose change is one of kind: the weights then stand for another computation.
