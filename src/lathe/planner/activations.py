@@ -151,11 +151,11 @@ class _Count:
         fused = _fused(self.a, stack)
         layer = _Kept()
         self._sublayer(layer, "attention", stack)
-        self._attention(layer, "attention", stack, fused, rotary=stack.positions.kind == "rotary")
+        self._attention(layer, "attention", stack, fused)
         self._mask(layer, stack, fused)
         if stack.cross_attention:
             self._sublayer(layer, "cross_attention", stack)
-            self._attention(layer, "cross_attention", stack, self.a.dropout.attention == 0, rotary=False)
+            self._attention(layer, "cross_attention", stack, self.a.dropout.attention == 0)
         self._sublayer(layer, "feed_forward", stack)
         layer.add("feed_forward", self.n * inner_kept(stack.feed_forward, self.a.dropout.activation > 0))
         self.layers.append((name, stack, layer))
@@ -196,7 +196,7 @@ class _Count:
         if self.a.dropout.hidden > 0:
             kept.add(component, self.n * self.a.d_model)
 
-    def _attention(self, kept: _Kept, component: str, stack: Stack, fused: bool, *, rotary: bool) -> None:
+    def _attention(self, kept: _Kept, component: str, stack: Stack, fused: bool) -> None:
         spec = stack.attention
         if fused:
             kept.add(component, self.n * (2 * spec.d_q + 2 * spec.d_kv))  # q, k, v and the output
