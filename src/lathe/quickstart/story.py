@@ -39,7 +39,7 @@ class Story:
     rows: int = 24
     lr: float = 5e-3
     steps: int = 700
-    heal_steps: int = 120
+    heal_steps: int = 100
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
 
     def architecture(self, vocab_size: int, tokens: Mapping[str, Any]) -> Architecture:
@@ -78,12 +78,12 @@ STORIES: dict[str, Story] = {
         objective="masked",
         head="masked",
         sizes={
-            "d_model": 192,
-            "d_embed": 192,
+            "d_model": 96,
+            "d_embed": 96,
             "n_layers": 4,
             "n_heads": 4,
-            "d_head": 48,
-            "d_ff": 768,
+            "d_head": 24,
+            "d_ff": 384,
             "max_positions": 256,
         },
         cut={"d_embed": 48},
