@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import lathe
 from lathe.architecture import Architecture
 
 SMALL = {"d_model": 24, "n_layers": 2, "n_heads": 2, "d_head": 12, "d_ff": 32, "vocab_size": 60}
-CUTS = {
+CUTS: dict[str, dict[str, Any]] = {
     "t5-small": {"d_model": 18},
     "flan-t5-small": {"d_model": 18},
     "gpt2": {"d_model": 18},
@@ -27,7 +28,7 @@ CUTS = {
 
 def small(name: str) -> Architecture:
     head = "masked" if name.startswith(("bert", "albert")) else None
-    sizes = {**SMALL, "d_embed": 12} if name.startswith("albert") else SMALL
+    sizes: dict[str, Any] = {**SMALL, "d_embed": 12} if name.startswith("albert") else SMALL
     if name.startswith("qwen2"):
         sizes = {**sizes, "n_kv_heads": 1}
     return lathe.preset(name, head=head).with_(sizes)

@@ -274,7 +274,8 @@ class _ObjectSource:
         return tuple(self._tensors[name].shape)
 
     def tensor(self, name: str) -> Tensor:
-        return self._tensors[name].detach().clone()
+        tensor: Tensor = self._tensors[name]
+        return tensor.detach().clone()
 
 
 def _from_object(model: torch.nn.Module, device: torch.device | str | None, dtype: torch.dtype | None) -> Model:

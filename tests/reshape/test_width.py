@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -27,7 +29,7 @@ def build(architecture: Architecture, seed: int = 0) -> Transformer:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     return model
 
 
@@ -59,7 +61,7 @@ def rotated(model: Transformer, width: int) -> tuple[Transformer, bool]:
 def with_pre_norm(architecture: Architecture) -> Architecture:
     """The architecture as a rotation needs it, with an untied head and no norm on the embeddings."""
     kind = next(architecture.stacks)[1].norm
-    changes: dict[str, object] = {"head": Head(language=LanguageHead(tied=False, scaled=True))}
+    changes: dict[str, Any] = {"head": Head(language=LanguageHead(tied=False, scaled=True))}
     for name, _ in architecture.stacks:
         changes |= {f"{name}.norm": kind, f"{name}.norm_position": "pre", f"{name}.input_norm": False}
         changes[f"{name}.final_norm"] = True
@@ -89,7 +91,9 @@ def test_folding_norms_into_their_readers_is_exact(drawn):
 @few
 def test_heads_narrowed_to_their_own_width_are_exact(drawn, name):
     stack = dict(drawn.stacks).get(name)
-    assume(stack is not None and stack.positions.kind != "rotary")
+    assume(stack is not None)
+    assert stack is not None
+    assume(stack.positions.kind != "rotary")
     model, batch = build(drawn.with_(head=Head())), text(drawn, seed=1)
     state, step = narrow_heads(State(model.architecture, model.state_dict()), name, stack.attention.d_head)
     assert step.exact
@@ -154,7 +158,7 @@ def test_rotation_loses_less_than_truncation_on_a_trained_like_stream():
     low_rank(model, 12)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(8))
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(8)))
     batch, test = text(architecture), text(architecture, seed=1)
     errors = {}
     for method in ("truncate", "select", "rotate"):
@@ -164,7 +168,7 @@ def test_rotation_loses_less_than_truncation_on_a_trained_like_stream():
     assert errors["rotate"] < 0.5 * errors["select"] < errors["truncate"]
 
 
-def gpt_like(**changes: object) -> Architecture:
+def gpt_like(**changes: Any) -> Architecture:
     return Architecture.from_dict(
         {
             "d_model": 32,
@@ -185,6 +189,7 @@ def gpt_like(**changes: object) -> Architecture:
 def test_heads_that_fill_the_width_go_on_filling_it():
     architecture = gpt_like(d_head=16)
     cut = resize(build(architecture), {"d_model": 24}, calibrate=[text(architecture)])
+    assert cut.architecture.decoder is not None
     assert cut.architecture.decoder.attention.d_head == 12
     assert [step.name for step in cut.steps] == ["narrow decoder heads 16 → 12", "rotate d_model 32 → 24"]
 
