@@ -48,6 +48,7 @@ _DEBUG_NOTE = "Every verb also takes --debug: show the traceback when something 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line on `argv` (default: the process's own) and return the exit code."""
     _prepare_streams()
+    _prepare_threads()
     words, debug = _take_debug(sys.argv[1:] if argv is None else argv)
     try:
         code = _run(words)
@@ -163,6 +164,15 @@ def _one_line(message: str) -> str:
     """Make the message one printable line: a file or tensor name may hold anything."""
     line = " ".join(part.strip() for part in message.splitlines() if part.strip())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)
+
+
+def _prepare_threads() -> None:
+    """Let OpenMP's threads wait at a barrier for microseconds instead of milliseconds before they sleep.
+
+    With any other work on the cores, the long wait spins away the time that the others would finish in: a training
+    step on two busy cores took 0.86 s with it and 0.29 s without, and 0.12 s and 0.13 s on idle ones.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
 def _prepare_streams() -> None:

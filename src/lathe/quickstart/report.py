@@ -16,9 +16,9 @@ def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     parent = rows[0]
     out: list[tuple[str, ...]] = []
     for row in rows:
-        share = "" if row is parent else f" ({row.parameters / parent.parameters - 1:+.0%})"
-        more = "" if row is parent else f" ({row.loss - parent.loss:+.3f})"
-        speed = "" if row is parent else f" (×{row.tokens_per_second / parent.tokens_per_second:.2f})"
+        share = "" if row is parent else f" {row.parameters / parent.parameters - 1:+.0%}"
+        more = "" if row is parent else f" {row.loss - parent.loss:+.3f}"
+        speed = "" if row is parent else f" ×{row.tokens_per_second / parent.tokens_per_second:.2f}"
         out.append(
             (
                 row.name,
