@@ -296,7 +296,10 @@ def test_a_prompt_of_whatever_length_the_positions_hold(gpt2: lathe.Model) -> No
         ({"input_ids": IDS, "attention_mask": torch.tensor([[0.0, 0.5, 1.0]])}, "other numbers than 0 and 1"),
         ({"input_ids": IDS, "attention_mask": torch.zeros(1, 3)}, "row 0 of input_ids is masked as a whole"),
         ({"input_ids": torch.tensor([[5, 6], [0, 0]])}, "row 1 of input_ids is masked as a whole"),
-        ({"input_ids": IDS, "max_length": 3}, "the prompt has 3 tokens and max_length=3 leaves no room"),
+        (
+            {"input_ids": IDS, "max_length": 3},
+            "3 tokens, which leaves no room within max_length=3; raise it",
+        ),
         ({"input_ids": IDS, "decoder_input_ids": IDS}, "this model has no encoder; pass its prompt as input_ids"),
         ({"input_ids": IDS, "token_type_ids": IDS}, "unknown setting 'token_type_ids'"),
         ({"bos_token_id": None}, "no prompt and no bos_token_id"),

@@ -109,15 +109,18 @@ def room(prompt: Prompt, settings: Settings, architecture: Architecture) -> int:
     assert architecture.decoder is not None
     positions = architecture.decoder.positions
     if settings.max_new_tokens is not None:
-        wanted, asked = settings.max_new_tokens, f"max_new_tokens={settings.max_new_tokens}"
+        wanted, limit = settings.max_new_tokens, f"max_new_tokens={settings.max_new_tokens}; raise it"
     elif settings.max_length is not None:
-        wanted, asked = settings.max_length - prompt.columns, f"max_length={settings.max_length}"
+        wanted, limit = settings.max_length - prompt.columns, f"max_length={settings.max_length}; raise it"
     else:
-        wanted, asked = DEFAULT_NEW_TOKENS, "this model"
+        wanted, limit = DEFAULT_NEW_TOKENS, ""
         if positions.max_positions is not None:
             wanted = min(wanted, positions.max_positions - prompt.columns)
+            limit = f"the model's {positions.max_positions} positions; use a model with more"
     if wanted < 1:
-        raise RequestError(f"the prompt has {prompt.columns} tokens and {asked} leaves no room; shorten it or raise it")
+        raise RequestError(
+            f"the prompt has {prompt.columns} tokens, which leaves no room within {limit} or shorten the prompt"
+        )
     # The last new token is never read, so it needs no position.
     if positions.limit is not None and prompt.longest + wanted - 1 > positions.limit:
         raise RequestError(

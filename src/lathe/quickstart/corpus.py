@@ -43,7 +43,8 @@ def python_corpus() -> Corpus:
         LatheError: this Python was installed without its sources.
     """
     documents = [*_topics(), *_docstrings()]
-    documents = [text for text in documents if len(text) >= _SHORTEST]
+    # The library holds copies of some modules: each text counts once, or it could stand in both parts.
+    documents = [text for text in dict.fromkeys(documents) if len(text) >= _SHORTEST]
     if len(documents) < 2 * _VALIDATION_EVERY:
         raise LatheError("this Python carries no library sources to read; use one that was installed with them")
     validation = documents[::_VALIDATION_EVERY]
