@@ -14,9 +14,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lathe.data.batch import Batch
 from lathe.errors import RequestError
@@ -25,7 +26,7 @@ from lathe.model.transformer import Transformer
 from lathe.train.evaluate import Evaluation, evaluate
 from lathe.train.health import Health
 from lathe.train.loss import LossFunction, autocast, objective_loss
-from lathe.train.optimiser import make_optimizer
+from lathe.train.optimiser import load_named_state, make_optimizer, named_state
 from lathe.train.schedule import rate
 from lathe.train.settings import TrainSettings
 
@@ -41,6 +42,7 @@ class StepReport:
     tokens: int  # of all steps so far, padding not counted
     seconds: float  # since the start
     progress: float  # the share of the budget that is spent
+    batch: str = ""  # the name of the step's first batch: where in the data it was
     evaluation: Evaluation | None = None
 
 
@@ -74,6 +76,7 @@ def train(
     loss_fn: LossFunction = objective_loss,
     evaluation: Sequence[Batch] | None = None,
     on_step: Callable[[StepReport], None] | None = None,
+    run: Run | None = None,
 ) -> TrainResult:
     """Train `model` in place until its budget is spent or the batches end.
 
@@ -82,6 +85,7 @@ def train(
         loss_fn: `(model, batch) -> (mean loss, how many labels)`.
         evaluation: a fixed set, evaluated with the labels' own loss every `evaluate_every` steps and at the end.
         on_step: called after each step.
+        run: a run to go on with, made of the same model and settings; a new one where left out.
 
     Raises:
         LatheError: the loss is no number or has run away; the weights are those before that step.
@@ -90,10 +94,10 @@ def train(
     fit = getattr(batches, "fit", None)
     if fit is not None:
         fit(model.architecture)
-    run = Run(model, settings, loss_fn)
+    run = run or Run(model, settings, loss_fn)
     source, result = iter(batches), TrainResult()
     with training(model, settings):
-        while run.progress < 1.0:
+        while run.progress < 1.0 and not run.stopped:
             group = _take(source, settings.accumulate)
             if not group:
                 break
@@ -113,7 +117,7 @@ def train(
 
 
 class Run:
-    """The state of a run between two steps: optimiser, counts, health."""
+    """The state of a run between two steps: optimiser, counts, health. Set `stopped` to end it early."""
 
     def __init__(self, model: Transformer, settings: TrainSettings, loss_fn: LossFunction) -> None:
         self.model, self.settings, self.loss_fn = model, settings, loss_fn
@@ -121,6 +125,22 @@ class Run:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.health = Health(settings.spike)
         self.steps, self.tokens, self.seconds = 0, 0, 0.0
+        self.stopped = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts and health as plain JSON values; with `tensors` and the model, all that the next step depends on."""
+        counts = {"steps": self.steps, "tokens": self.tokens, "seconds": self.seconds}
+        return {**counts, "recent_losses": list(self.health.recent)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The optimiser's state under the parameters' names."""
+        return named_state(self.model, self.optimizer)
+
+    def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `state_dict` and `tensors` gave."""
+        load_named_state(self.model, self.optimizer, tensors)
+        self.steps, self.tokens, self.seconds = int(state["steps"]), int(state["tokens"]), float(state["seconds"])
+        self.health.recent.extend(state["recent_losses"])
 
     @property
     def progress(self) -> float:
@@ -149,7 +169,8 @@ class Run:
         self.steps += 1
         self.tokens += sum(batch.tokens for batch in group)
         self.seconds += time.perf_counter() - started
-        return StepReport(self.steps, loss, lr, norm, self.tokens, self.seconds, min(self.progress, 1.0))
+        done = min(self.progress, 1.0)
+        return StepReport(self.steps, loss, lr, norm, self.tokens, self.seconds, done, group[0].name)
 
     def _backward(self, group: Sequence[Batch]) -> float:
         """Gradients of the mean loss over every label of the group; that loss."""

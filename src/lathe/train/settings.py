@@ -13,9 +13,9 @@ from lathe.spec import Spec, choice, share, size
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings(Spec):
-    """AdamW (Loshchilov & Hutter 2019). Weight decay is on matrices alone, never on norms and biases."""
+    """AdamW (Loshchilov & Hutter 2019) or Adafactor. Weight decay is on matrices alone, never on norms and biases."""
 
-    kind: str = choice("adamw", default="adamw")
+    kind: str = choice("adamw", "adafactor", default="adamw")
     lr: float = 1e-3
     beta1: float = share(0.9)
     beta2: float = share(0.98)
@@ -24,6 +24,9 @@ class OptimizerSettings(Spec):
     clip: float | None = 1.0  # the gradient's norm is cut to this; none: as it is
 
     def check(self) -> None:
+        for name, usual in (("beta1", 0.9), ("beta2", 0.98), ("eps", 1e-8)):
+            if self.kind == "adafactor" and getattr(self, name) != usual:
+                raise RequestError(f"{name}={getattr(self, name)}: adafactor has no {name}; leave it out")
         for name in ("lr", "eps"):
             if getattr(self, name) <= 0:
                 raise RequestError(f"{name}={getattr(self, name)}: expected more than 0")

@@ -1,0 +1,258 @@
+"""A training run in a directory: it can be killed at any instant and goes on as if it had not been.
+
+    RUN/checkpoints/    see `lathe.train.checkpointing`
+    RUN/metrics.jsonl   a line for each step, the same however often the run was interrupted
+    RUN/speed.jsonl     seconds of training up to each step
+    RUN/tensorboard/    where it is asked for
+
+Everything that the next step depends on is in a checkpoint: weights, the optimiser's moments, the counts, the
+last losses (for the spike's judge), the best evaluation, the position in the data. Dropout is drawn from
+(seed, step) and needs no state. So a resumed run takes bit for bit the steps that the killed one would have
+taken, on the same hardware. A budget of seconds is the exception: it counts time.
+
+One process at a time: the run is locked while it trains, and the system drops the lock with the process.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from lathe.data.batch import Batch
+from lathe.errors import LatheError, RequestError
+from lathe.model.transformer import Transformer
+from lathe.spec import Spec, size
+from lathe.train.checkpointing import Checkpoints, Stored
+from lathe.train.loop import Run, StepReport, TrainResult, train
+from lathe.train.loss import LossFunction, objective_loss
+from lathe.train.records import METRICS, SPEED, Board, Lines, metrics, speed
+from lathe.train.settings import TrainSettings
+
+# What may change between two parts of a run: nothing of it changes what a step computes.
+_FREE = ("spike", "checkpointing", "evaluate_every")
+
+
+class Resumable(Protocol):
+    """Batches with a position that can be saved; `lathe.data.Batches` is one."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveSettings(Spec):
+    """When a checkpoint is written and how many stay."""
+
+    every: int | None = size(2**40, default=None)  # steps; none: at the end, and at each best evaluation
+    keep: int = size(10_000, default=2)  # the newest; the best one stays besides
+    patience: int | None = size(2**30, default=None)  # stop after so many evaluations without a better one
+    tensorboard: bool = False
+
+
+def fit(
+    model: Transformer,
+    batches: Resumable,
+    settings: TrainSettings,
+    folder: Path,
+    *,
+    write_model: Callable[[Path], object],
+    save: SaveSettings = SaveSettings(),
+    evaluation: Sequence[Batch] | None = None,
+    loss_fn: LossFunction = objective_loss,
+    resume: bool = False,
+    on_step: Callable[[StepReport], None] | None = None,
+) -> TrainResult:
+    """Train `model` in place, and keep in `folder` what it takes to go on.
+
+    Args:
+        write_model: writes the model as a directory at the path that it is given (`model.save`).
+        evaluation: a fixed set; the checkpoint with the lowest loss on it is kept as `best`.
+        resume: go on where the run in `folder` stopped; start there if it holds none.
+        on_step: called after each step.
+
+    Returns:
+        The steps that this process made; none where the run was finished already.
+
+    Raises:
+        RequestError: `folder` holds a run (and this is no resume), or one of another model, data or settings.
+        LatheError: the loss ran away, the disk is full, or no checkpoint is whole. The line names the last
+            good checkpoint.
+    """
+    if save.patience is not None and evaluation is None:
+        raise RequestError("patience counts evaluations and there is nothing to evaluate on; give validation data")
+    checkpoints = Checkpoints(folder / "checkpoints", save.keep)
+    _refuse(folder, resume)
+    with _locked(folder):
+        stored = checkpoints.newest()
+        run = Run(model, settings, loss_fn)
+        asked = _asked(model, settings)
+        if stored is not None:
+            _restore(stored, asked, model, batches, run)
+            checkpoints.link(stored.step, stored.state["best_step"])
+        keeper = _Keeper(folder, checkpoints, stored, asked, run, batches, save, write_model)
+        if run.stopped or run.progress >= 1.0:
+            keeper.close()
+            return TrainResult()
+
+        def after(report: StepReport) -> None:
+            keeper.after(report)
+            if on_step is not None:
+                on_step(report)
+
+        with closing(keeper):
+            try:
+                return train(model, batches, settings, loss_fn=loss_fn, evaluation=evaluation, on_step=after, run=run)
+            except LatheError as error:
+                raise type(error)(f"{error}; {keeper.last_good}") from error
+
+
+class _Keeper:
+    """Writes down each step and saves when it is time."""
+
+    def __init__(
+        self,
+        folder: Path,
+        checkpoints: Checkpoints,
+        stored: Stored | None,
+        asked: Mapping[str, Any],
+        run: Run,
+        batches: Resumable,
+        save: SaveSettings,
+        write_model: Callable[[Path], object],
+    ) -> None:
+        state = stored.state if stored is not None else {}
+        self.checkpoints, self.asked, self.run, self.batches = checkpoints, asked, run, batches
+        self.save, self.write_model = save, write_model
+        self.best_step: int | None = state.get("best_step")
+        self.best_loss: float | None = state.get("best_loss")
+        self.without_better: int = state.get("without_better", 0)
+        self.saved: Path | None = stored.path if stored is not None else None
+        lengths = state.get("lengths", {})
+        self.lines = {name: Lines(folder / name, lengths.get(name, 0)) for name in (METRICS, SPEED)}
+        self.board = Board(folder / "tensorboard", run.steps) if save.tensorboard else None
+        run.stopped = self._out_of_patience()
+
+    @property
+    def last_good(self) -> str:
+        """The end of a line that says what a person can go back to."""
+        if self.saved is None:
+            return "there is no checkpoint yet"
+        return f"the last good checkpoint is {self.saved}"
+
+    def after(self, report: StepReport) -> None:
+        """Record the step; save where it is time to."""
+        better = self._judge(report)
+        self.lines[METRICS].write(metrics(report))
+        self.lines[SPEED].write(speed(report))
+        if self.board is not None:
+            self.board.write(report)
+        self.run.stopped = self._out_of_patience()
+        every = self.save.every
+        due = every is not None and report.step % every == 0
+        if due or better or self.run.stopped or report.progress >= 1.0:
+            self._save(report.step)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        for lines in self.lines.values():
+            lines.close()
+        if self.board is not None:
+            self.board.close()
+
+    def _judge(self, report: StepReport) -> bool:
+        """Whether this step's evaluation is the best so far."""
+        if report.evaluation is None:
+            return False
+        better = self.best_loss is None or report.evaluation.loss < self.best_loss
+        self.without_better = 0 if better else self.without_better + 1
+        if better:
+            self.best_step, self.best_loss = report.step, report.evaluation.loss
+        return better
+
+    def _out_of_patience(self) -> bool:
+        return self.save.patience is not None and self.without_better >= self.save.patience
+
+    def _save(self, step: int) -> None:
+        state = {
+            "run": self.run.state_dict(),
+            "data": self.batches.state_dict(),
+            "best_step": self.best_step,
+            "best_loss": self.best_loss,
+            "without_better": self.without_better,
+            "asked": self.asked,
+            # Flushed before the checkpoint is in place: what it counts on is there.
+            "lengths": {name: lines.sync() for name, lines in self.lines.items()},
+        }
+        self.saved = self.checkpoints.save(step, self.write_model, self.run.tensors(), state, self.best_step)
+
+
+def _restore(stored: Stored, asked: Mapping[str, Any], model: Transformer, batches: Resumable, run: Run) -> None:
+    """Put a checkpoint's state into a fresh run; nothing is touched where it was asked something else."""
+    difference = _difference(stored.state["asked"], asked)
+    if difference is not None:
+        name, then, now = difference
+        raise RequestError(
+            f"the run in {stored.path.parent.parent} was started with {name}={then} and this one says {now}; "
+            "resume with the same, or start a new run in another directory"
+        )
+    batches.load_state_dict(stored.state["data"])
+    model.load_state_dict(stored.weights())
+    run.load_state_dict(stored.state["run"], stored.moments())
+
+
+def _asked(model: Transformer, settings: TrainSettings) -> dict[str, Any]:
+    """What a run must be asked again to go on, as plain JSON values; its data knows itself."""
+    training = {key: value for key, value in settings.to_dict().items() if key not in _FREE}
+    values = {"architecture": model.architecture.to_dict(), **training}
+    plain: dict[str, Any] = json.loads(json.dumps(values))
+    return plain
+
+
+def _difference(then: Any, now: Any, path: str = "") -> tuple[str, Any, Any] | None:
+    """The first place where two trees differ: its dotted name and both values."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in [*now, *(key for key in then if key not in now)]:
+            found = _difference(then.get(key), now.get(key), f"{path}.{key}" if path else key)
+            if found is not None:
+                return found
+        return None
+    return None if then == now else (path, _written(then), _written(now))
+
+
+def _written(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+def _refuse(folder: Path, resume: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise RequestError(f"{folder} is a file, where a run's directory is to be: choose another name")
+    held = {entry.name for entry in folder.iterdir()} - {".lock"} if folder.is_dir() else set()
+    if not held:
+        return
+    if not held & {METRICS, "checkpoints"}:
+        raise RequestError(f"{folder} holds something that is no run: choose another directory")
+    if not resume:
+        raise RequestError(f"{folder} already holds a run: resume it, or choose another directory")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("wb")
+    except OSError as error:
+        raise RequestError(f"cannot write to {folder}: {error.strerror}; choose another place") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RequestError(f"another process trains in {folder}: wait for it, or choose another place") from None
+        yield
