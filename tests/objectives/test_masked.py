@@ -66,12 +66,12 @@ def test_shares_are_those_of_the_paper(special: SpecialTokens):
     assert np.mean(seen == special.mask) == pytest.approx(0.8, abs=0.02)
     assert np.mean(seen == 500) == pytest.approx(0.1, abs=0.02)
     others = seen[(seen != special.mask) & (seen != 500)]
-    assert set(others.tolist()) <= set(special.ordinary().tolist())
+    assert set(others.tolist()) <= set(special.ordinary.tolist())
     assert len(set(others.tolist())) > 100
 
 
 def test_ordinary_tokens_leave_out_every_special_one(special: SpecialTokens):
-    ordinary = special.ordinary()
+    ordinary = special.ordinary
     assert ordinary.tolist() == list(range(7, 900))
 
 

@@ -2,8 +2,11 @@
 
 A packed row carries `segment_ids` (which sample a position belongs to, −1 for padding) and `position_ids`
 (counted from 0 in each sample); attention stays inside a segment, so padding is a segment of its own and
-needs no mask. The decoder's inputs are made here, sample by sample: shifting a whole packed row would show
-each sample the end of its neighbour.
+needs no mask. Rows that hold one sample each, for objectives that ask something of the row as a whole,
+carry an `attention_mask` instead, as any other program would make it.
+
+The decoder's inputs are made here, sample by sample: shifting a whole packed row would show each sample the
+end of its neighbour.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ class Layout:
 
     Args:
         two_sided: whether labels are the decoder's.
+        packed: whether a row may hold several samples.
         multiple: row lengths are rounded up to a multiple of it, and never past `length` or `target_length`.
     """
 
@@ -50,6 +54,7 @@ class Layout:
     two_sided: bool
     length: int
     target_length: int
+    packed: bool = True
     multiple: int = 8
 
     def batch(self, rows: Sequence[Sequence[Sample]], name: str = "") -> Batch:
@@ -63,7 +68,8 @@ class Layout:
             inputs |= self._side("decoder_", shifted, self.target_length)
             tokens += sum(len(one) for row in labels for one in row)
             length = inputs["decoder_input_ids"].shape[1]
-        inputs["labels"] = _fill(labels, length, IGNORED)
+        if "labels" not in rows[0][0].numbers:
+            inputs["labels"] = _fill(labels, length, IGNORED)
         types = [[s.token_type_ids for s in row if s.token_type_ids is not None] for row in rows]
         if any(types):
             inputs["token_type_ids"] = _fill(types, inputs["input_ids"].shape[1], 0)
@@ -77,7 +83,11 @@ class Layout:
         length = min(-(-longest // self.multiple) * self.multiple, limit)
         pad = 0 if self.special.pad is None else self.special.pad
         made = {f"{prefix}input_ids": _fill(rows, length, pad)}
-        if longest < length or any(len(row) > 1 or len(row[0]) < length for row in rows):
+        if not self.packed:
+            made[f"{prefix}attention_mask"] = _fill(
+                [[np.ones(len(one), np.int64) for one in row] for row in rows], length, 0
+            )
+        elif longest < length or any(len(row) > 1 or len(row[0]) < length for row in rows):
             numbers = [[np.full(len(one), i) for i, one in enumerate(row)] for row in rows]
             places = [[np.arange(len(one)) for one in row] for row in rows]
             made[f"{prefix}segment_ids"] = _fill(numbers, length, -1)

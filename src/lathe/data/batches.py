@@ -4,6 +4,9 @@ Each epoch shuffles the pieces of all documents, packs them into rows and cuts t
 rows of one epoch follow those of the one before, so every batch is full. What is drawn depends on
 (seed, epoch, piece) alone. Hence the position in the data is (epoch, row): a resumed run, or one on another
 number of ranks, continues with exactly the samples that come next, and no two ranks see the same one.
+
+Samples that may not share a row are put into buckets of similar length instead (`lathe.data.bucket`). Their order
+then depends on how many rows a batch has on all ranks together, and a position is good for that number.
 """
 
 from __future__ import annotations
@@ -17,10 +20,11 @@ import numpy as np
 
 from lathe.architecture import Architecture
 from lathe.data.batch import Batch, Layout
+from lathe.data.bucket import buckets
 from lathe.data.corpus import Corpus
-from lathe.data.packing import Rows, alone, cut, pack
+from lathe.data.packing import Pieces, Rows, alone, cut, pack
 from lathe.errors import RequestError
-from lathe.objectives.base import IntArray, Objective, Sample
+from lathe.objectives.base import IntArray, Objective, RecordObjective, Sample, TextObjective
 
 
 class Batches:
@@ -35,7 +39,8 @@ class Batches:
         rank, n_ranks: each rank takes its own rows of every batch.
 
     Raises:
-        RequestError: the corpus lacks a field of the objective, or no document is long enough.
+        RequestError: the corpus lacks a field of the objective, no document is long enough, a record is too
+            long for a row, or a label is out of range.
     """
 
     def __init__(
@@ -55,28 +60,15 @@ class Batches:
             raise RequestError(
                 f"rows={rows}, rank={rank} of {n_ranks}: expected 1 row or more, and a rank below the count"
             )
-        for name in objective.reads:
-            if name not in corpus.fields:
-                raise RequestError(
-                    f"the objective {objective.name} reads the field {name!r}; the data has {', '.join(corpus.fields)}"
-                )
+        _check_fields(corpus, objective)
         self.corpus, self.objective, self.seed, self.shuffle = corpus, objective, seed, shuffle
         self.n_rows, self.rank, self.n_ranks = rows, rank, n_ranks
-        self._text = corpus.fields[objective.reads[0]]
-        window = objective.window(length)
-        if window < 2 * objective.least:
-            raise RequestError(f"length={length}: too short for the objective {objective.name}; give more positions")
-        self.pieces = cut(self._text.lengths, window, objective.least)
-        if not len(self.pieces):
-            raise RequestError(
-                f"no document has the {objective.least} tokens that the objective {objective.name} needs; "
-                "give longer documents"
-            )
-        self.widths = objective.widths(self.pieces.lengths)
+        self.pieces, self.widths = _pieces(corpus, objective, length)
         self.two_sided = bool(self.widths[1].any())
         self.length = length
         self.target_length = self._target_length(target_length)
-        self._layout = Layout(objective.special, self.two_sided, self.length, self.target_length)
+        packed = objective.packs
+        self._layout = Layout(objective.special, self.two_sided, self.length, self.target_length, packed)
         self.epoch, self.row = 0, 0
         self._packed: tuple[int, Rows] | None = None
 
@@ -156,6 +148,8 @@ class Batches:
             "target_length": self.target_length,
             "seed": self.seed,
             "shuffle": self.shuffle,
+            # The order of what is packed does not depend on the batch.
+            "rows": None if self.objective.packs else self.n_rows * self.n_ranks,
         }
 
     def _target_length(self, given: int | None) -> int:
@@ -177,19 +171,104 @@ class Batches:
             order: IntArray = np.arange(len(self.pieces), dtype=np.int64)
             if self.shuffle:
                 order = np.random.Generator(np.random.PCG64([self.seed, self.epoch])).permutation(order)
-            capacity = (self.length, self.target_length)
-            packed = pack(order, self.widths, capacity) if self.objective.packs else alone(order)
-            self._packed = (self.epoch, packed)
+            self._packed = (self.epoch, self._laid(order))
         return self._packed[1]
 
     def _samples(self, row: int) -> list[Sample]:
         return [self._sample(int(piece)) for piece in self._rows().row(row)]
 
+    def _laid(self, order: IntArray) -> Rows:
+        """The pieces of an epoch in rows."""
+        if self.objective.packs:
+            return pack(order, self.widths, (self.length, self.target_length))
+        if not self.shuffle:
+            return alone(order)
+        rng = np.random.Generator(np.random.PCG64([self.seed, self.epoch, 0, 2]))
+        return buckets(order, self.widths[0], self.n_rows * self.n_ranks, self.epoch, rng)
+
     def _sample(self, piece: int) -> Sample:
-        document = int(self.pieces.document[piece])
-        record = {name: self.corpus.fields[name].row(document) for name in self.objective.reads}
-        if len(record) == 1:
-            name = self.objective.reads[0]
-            record[name] = record[name][int(self.pieces.start[piece]) : int(self.pieces.stop[piece])]
         rng = np.random.Generator(np.random.PCG64([self.seed, self.epoch, piece]))
+        if not isinstance(self.objective, TextObjective):
+            return self.objective.sample(self._record(piece), rng)
+        record = self._stretch(piece)
+        if self.objective.another:
+            # A number after the piece's, so that this draw and the objective's have nothing in common.
+            chosen = np.random.Generator(np.random.PCG64([self.seed, self.epoch, piece, 1]))
+            other = self._stretch(self._elsewhere(piece, chosen))
+            record |= {"other": other["text"], "other_breaks": other["breaks"]}
         return self.objective.sample(record, rng)
+
+    def _record(self, document: int) -> dict[str, IntArray]:
+        """A whole record; its class is an array of one."""
+        record = {name: self.corpus.fields[name].row(document) for name in self.objective.reads if name != "label"}
+        if "label" in self.objective.reads:
+            assert self.corpus.labels is not None
+            record["label"] = self.corpus.labels[document : document + 1]
+        return record
+
+    def _stretch(self, piece: int) -> dict[str, IntArray]:
+        """A piece of a document, and where sentences end in it, if the objective asks."""
+        where = (int(each[piece]) for each in (self.pieces.document, self.pieces.start, self.pieces.stop))
+        text, breaks = self.corpus.piece(*where)
+        if "breaks" not in self.objective.reads:
+            return {"text": text}
+        assert breaks is not None
+        return {"text": text, "breaks": breaks}
+
+    def _elsewhere(self, piece: int, rng: np.random.Generator) -> int:
+        """A piece of another document, each equally likely. A document's pieces stand together."""
+        documents = self.pieces.document
+        first, last = (
+            np.searchsorted(documents, documents[piece]),
+            np.searchsorted(documents, documents[piece], "right"),
+        )
+        drawn = int(rng.integers(len(documents) - int(last - first)))
+        return drawn if drawn < first else drawn + int(last - first)
+
+
+def _check_fields(corpus: Corpus, objective: Objective) -> None:
+    for name in objective.reads:
+        if name not in corpus.names:
+            hint = "; tokenise it with breaks, to know where sentences end" if name == "breaks" else ""
+            raise RequestError(
+                f"the objective {objective.name} reads the field {name!r}; the data has {', '.join(corpus.names)}{hint}"
+            )
+
+
+def _pieces(corpus: Corpus, objective: Objective, length: int) -> tuple[Pieces, tuple[IntArray, IntArray]]:
+    """What the samples are made of, and the positions that each takes."""
+    if isinstance(objective, TextObjective):
+        return _cut_pieces(corpus, objective, length)
+    assert isinstance(objective, RecordObjective)
+    if "label" in objective.reads:
+        assert corpus.labels is not None
+        objective.check_labels(corpus.labels)
+    lengths = {name: corpus.fields[name].lengths for name in objective.reads if name != "label"}
+    widths = objective.record_widths(lengths)
+    too_long = np.flatnonzero(widths[0] > length)
+    if len(too_long):
+        number = int(too_long[0])
+        raise RequestError(
+            f"record {number + 1} takes {int(widths[0][number])} positions and a row has {length}; "
+            f"give longer rows, or shorten what is longer (see the objective {objective.name})"
+        )
+    first = lengths[objective.reads[0]]
+    return Pieces(np.arange(len(corpus), dtype=np.int64), np.zeros_like(first), first), widths
+
+
+def _cut_pieces(corpus: Corpus, objective: TextObjective, length: int) -> tuple[Pieces, tuple[IntArray, IntArray]]:
+    window = objective.window(length)
+    if window < 2 * objective.least:
+        raise RequestError(f"length={length}: too short for the objective {objective.name}; give more positions")
+    pieces = cut(corpus.fields["text"].lengths, window, objective.least)
+    if not len(pieces):
+        raise RequestError(
+            f"no document has the {objective.least} tokens that the objective {objective.name} needs; "
+            "give longer documents"
+        )
+    if objective.another and pieces.document[0] == pieces.document[-1]:
+        raise RequestError(
+            f"the objective {objective.name} takes text from other documents and the data has one; "
+            "give several documents"
+        )
+    return pieces, objective.widths(pieces.lengths)

@@ -6,6 +6,7 @@ of the smallest unsigned type that holds the vocabulary, which may be a memory m
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -54,25 +55,46 @@ class Ragged:
 
 
 class Corpus:
-    """Documents as token ids. A field is `text`, or `source` and `target` of a pair.
+    """Documents as token ids. A field is `text`, `text` and `pair`, or `source` and `target`.
 
     Args:
         fields: name to rows; every field has as many rows.
+        breaks: for each `text`, the places (in tokens, from its beginning) at which its sentences end.
+        labels: a class number for each document.
     """
 
-    def __init__(self, fields: Mapping[str, Ragged]) -> None:
-        counts = {name: len(rows) for name, rows in fields.items()}
-        if len(set(counts.values())) != 1:
+    def __init__(
+        self, fields: Mapping[str, Ragged], *, breaks: Ragged | None = None, labels: IntArray | None = None
+    ) -> None:
+        columns: dict[str, Ragged | IntArray] = dict(fields)
+        if breaks is not None:
+            columns["breaks"] = breaks
+        if labels is not None:
+            columns["label"] = labels
+        counts = {name: len(rows) for name, rows in columns.items()}
+        if len(set(counts.values())) > 1:
             raise RequestError(f"the fields of a corpus have different numbers of documents: {counts}")
-        self.fields = dict(fields)
-        self._n = next(iter(counts.values()))
+        self.fields, self.breaks, self.labels = dict(fields), breaks, labels
+        self.names = tuple(columns)
+        self._n = next(iter(counts.values()), 0)
         if not self._n:
             raise RequestError("the data holds no document; give a file that holds some")
 
     @classmethod
-    def of(cls, vocab_size: int, **fields: Iterable[ArrayLike]) -> Corpus:
+    def of(
+        cls,
+        vocab_size: int,
+        *,
+        breaks: Iterable[ArrayLike] | None = None,
+        labels: ArrayLike | None = None,
+        **fields: Iterable[ArrayLike],
+    ) -> Corpus:
         """A corpus in memory: `Corpus.of(100, text=[[5, 6], [7]])`."""
-        return cls({name: Ragged.of(rows, vocab_size) for name, rows in fields.items()})
+        return cls(
+            {name: Ragged.of(rows, vocab_size) for name, rows in fields.items()},
+            breaks=None if breaks is None else Ragged.of(breaks, 2**32),
+            labels=None if labels is None else np.asarray(labels, dtype=np.int64),
+        )
 
     def __len__(self) -> int:
         return self._n
@@ -82,12 +104,28 @@ class Corpus:
         """Tokens of all fields together."""
         return sum(len(rows.flat) for rows in self.fields.values())
 
+    def piece(self, document: int, start: int, stop: int) -> tuple[IntArray, IntArray | None]:
+        """Tokens `start` to `stop` of a document's `text`, and the breaks inside them, counted from `start`."""
+        text = self.fields["text"].row(document)[start:stop]
+        if self.breaks is None:
+            return text, None
+        breaks = self.breaks.row(document) - start
+        return text, breaks[(breaks > 0) & (breaks < len(text))]
+
     def digest(self) -> str:
-        """A name of the contents: equal for equal documents in equal order."""
+        """A name of the contents: equal for equal documents in equal order. Computed once."""
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> str:
         digest = hashlib.sha256()
-        for name in sorted(self.fields):
-            rows = self.fields[name]
+        columns = self.fields if self.breaks is None else {**self.fields, "breaks": self.breaks}
+        for name in sorted(columns):
+            rows = columns[name]
             digest.update(f"{name}:{len(rows)}:{rows.flat.dtype.str}:".encode())
-            digest.update(np.ascontiguousarray(rows.ends).tobytes())
-            digest.update(np.ascontiguousarray(rows.flat).tobytes())
+            digest.update(np.ascontiguousarray(rows.ends).data)
+            digest.update(np.ascontiguousarray(rows.flat).data)
+        if self.labels is not None:
+            digest.update(b"label:")
+            digest.update(np.ascontiguousarray(self.labels).data)
         return digest.hexdigest()[:16]

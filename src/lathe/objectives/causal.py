@@ -12,34 +12,28 @@ from typing import ClassVar
 
 import numpy as np
 
-from lathe.objectives.base import IGNORED, IntArray, Objective, Record, Sample
+from lathe.objectives.base import IGNORED, IntArray, Record, Sample, TextObjective
 
 
 @dataclass(frozen=True, kw_only=True)
-class Causal(Objective):
+class Causal(TextObjective):
     """Next-token prediction over packed documents."""
 
     stacks: ClassVar[tuple[str, ...]] = ("decoder",)
     name: ClassVar[str] = "causal"
     least: ClassVar[int] = 1
 
-    @property
-    def _marks(self) -> int:
-        return (self.special.bos is not None) + (self.special.eos is not None)
-
     def window(self, length: int) -> int:
         """The row, less the marks."""
-        return length - self._marks
+        return length - self.special.n_marks
 
     def widths(self, lengths: IntArray) -> tuple[IntArray, IntArray]:
         """The piece and its marks."""
-        return lengths + self._marks, np.zeros_like(lengths)
+        return lengths + self.special.n_marks, np.zeros_like(lengths)
 
     def sample(self, record: Record, rng: np.random.Generator) -> Sample:
         """Nothing is drawn: the text asks itself."""
-        front = [] if self.special.bos is None else [self.special.bos]
-        back = [] if self.special.eos is None else [self.special.eos]
-        ids = np.concatenate((np.array(front, np.int64), record["text"], np.array(back, np.int64)))
+        ids = self.special.framed(record["text"])
         labels = ids.copy()
         labels[0] = IGNORED
         return Sample(ids, labels)

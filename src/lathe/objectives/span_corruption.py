@@ -25,12 +25,12 @@ from typing import ClassVar
 import numpy as np
 
 from lathe.errors import RequestError
-from lathe.objectives.base import IntArray, Objective, Record, Sample
+from lathe.objectives.base import IntArray, Record, Sample, TextObjective
 from lathe.spec import share
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpanCorruption(Objective):
+class SpanCorruption(TextObjective):
     """T5's objective. `rate` of the tokens are dropped, in spans of `mean_span` tokens on average."""
 
     rate: float = share(0.15)

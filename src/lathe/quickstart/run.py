@@ -20,9 +20,8 @@ import torch
 
 from lathe.api import Model, load, parameter_count, resize
 from lathe.data import Batch, Batches, special_tokens, tokenise
-from lathe.objectives.base import Objective
+from lathe.objectives import objective
 from lathe.quickstart.corpus import Corpus, python_corpus
-from lathe.quickstart.objective import objective_named
 from lathe.quickstart.show import Example, examples
 from lathe.quickstart.story import Story, story
 from lathe.text.tokenizer import Tokenizer
@@ -126,10 +125,10 @@ class _Text:
 
     def __init__(self, plot: Story, corpus: Corpus, tokenizer: Tokenizer, model: Model, seed: int) -> None:
         special = special_tokens(tokenizer, model.architecture)
-        objective: Objective = objective_named(plot.objective, special)
+        learnt = objective(plot.objective, special)
         self.train = tokenise(tokenizer, corpus.train)
-        self.batches = Batches(self.train, objective, length=plot.length, rows=plot.rows, seed=seed)
-        held_out = Batches(tokenise(tokenizer, corpus.validation), objective, length=plot.length, rows=plot.rows)
+        self.batches = Batches(self.train, learnt, length=plot.length, rows=plot.rows, seed=seed)
+        held_out = Batches(tokenise(tokenizer, corpus.validation), learnt, length=plot.length, rows=plot.rows)
         self.validation = held_out.one_pass(_VALIDATION_BATCHES)
 
 
