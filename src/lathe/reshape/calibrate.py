@@ -67,7 +67,7 @@ def moments(model: Transformer, batches: Iterable[Batch], norms: Iterable[str]) 
         centred = isinstance(model.get_submodule(norm), nn.LayerNorm)
 
         def listen(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            gathered.add(norm, unit(inputs[0], centred=centred).flatten(0, -2)[_tokens(inputs[0], norm, current)])
+            gathered.add(norm, unit(inputs[0], centred=centred).flatten(0, -2)[token_rows(inputs[0], norm, current)])
 
         return listen
 
@@ -81,7 +81,7 @@ def moments(model: Transformer, batches: Iterable[Batch], norms: Iterable[str]) 
     return gathered
 
 
-def _tokens(x: Tensor, norm: str, batch: Batch) -> Tensor:
+def token_rows(x: Tensor, norm: str, batch: Batch) -> Tensor:
     """Which rows of a norm's input are tokens, flattened; pads would count as text otherwise."""
     side = "decoder_" if norm.startswith("decoder") and "decoder_input_ids" in batch else ""
     counted = torch.ones(x.shape[:-1], dtype=torch.bool)

@@ -1,0 +1,108 @@
+"""Fewer layers: those that change the direction of the stream least are left out.
+
+A layer's importance is 1 − cos(stream before, stream after), the mean over the tokens of the text (Minitron,
+Muralidharan et al. 2024, §3.1; ShortGPT, Men et al. 2024). A stack whose layers share weights drops whole turns of
+its cycle, the same number from each group, so that the pattern stays; what they share stays with the layers left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from lathe.architecture import Architecture, Stack
+from lathe.blueprint import stored
+from lathe.errors import RequestError
+from lathe.model.transformer import Transformer
+from lathe.reshape.calibrate import Batch, listening, token_rows
+from lathe.reshape.operation import Operation, measured
+from lathe.reshape.state import State, Step
+
+
+def plan_layers(done: Architecture, target: Architecture) -> list[Operation]:
+    """An operation for each stack that becomes shallower."""
+    operations = []
+    for name, stack in done.stacks:
+        wanted = dict(target.stacks)[name].n_layers
+        if wanted < stack.n_layers:
+            run = measured(prune_layers, name, wanted)
+            operations.append(Operation({f"{name}.n_layers": wanted}, run))
+    return operations
+
+
+def prune_layers(
+    model: Transformer, batches: Iterable[Batch], state: State, stack_name: str, n_layers: int
+) -> tuple[State, Step]:
+    """A stack with its `n_layers` most important layers; `model` is the model of `state`.
+
+    Raises:
+        RequestError: no text, or a number that the sharing pattern cannot be divided into.
+    """
+    stack = dict(state.architecture.stacks)[stack_name]
+    stack.sharing.check_depth(n_layers)
+    importance = layer_importance(model, batches, stack_name)
+    kept = _kept(stack, importance, n_layers)
+    architecture = state.architecture.with_({f"{stack_name}.n_layers": n_layers})
+    new = dict(architecture.stacks)[stack_name]
+    source = {
+        "attention": {new.attention_index(i): stack.attention_index(layer) for i, layer in enumerate(kept)},
+        "feed_forward": {new.feed_forward_index(i): stack.feed_forward_index(layer) for i, layer in enumerate(kept)},
+    }
+    source["cross_attention"] = source["attention"]
+    tensors = dict(state.tensors)
+    for parameter in stored(architecture):
+        where = parameter.name.split(".")
+        if where[0] == stack_name and where[1] in source:
+            old = source[where[1]][int(where[2])]
+            tensors[parameter.name] = state.tensors[".".join((*where[:2], str(old), *where[3:]))]
+    gone = {f"{stack_name} layer {i}": float(importance[i]) for i in range(stack.n_layers) if i not in kept}
+    return State(architecture, tensors), Step(
+        f"prune {stack_name} layers {stack.n_layers} → {n_layers}", not gone, gone
+    )
+
+
+def _kept(stack: Stack, importance: Tensor, n_layers: int) -> list[int]:
+    """The layers that stay, in order: the most important turns of the cycle in each group."""
+    groups, cycle = stack.sharing.groups, stack.sharing.cycle
+    turns = importance.view(groups, -1, cycle).sum(2)
+    best = turns.topk(n_layers // groups // cycle, dim=1).indices.sort(1).values
+    per_group = stack.n_layers // groups
+    return [
+        group * per_group + turn * cycle + place
+        for group, row in enumerate(best.tolist())
+        for turn in row
+        for place in range(cycle)
+    ]
+
+
+def layer_importance(model: Transformer, batches: Iterable[Batch], stack_name: str) -> Tensor:
+    """1 − cos(stream before, stream after) for each layer of a stack, the mean over the text's tokens.
+
+    Raises:
+        RequestError: no tokens.
+    """
+    stack = dict(model.architecture.stacks)[stack_name]
+    both = model.encoder is not None and model.decoder is not None
+    total, tokens = torch.zeros(stack.n_layers, dtype=torch.float64), 0
+    last: list[Tensor] = []
+
+    def hear_last(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        last[:] = [inputs[0]]
+
+    heard = {f"{stack_name}.norm": hear_last} if stack.final_norm else {}
+    with listening(model, heard), torch.no_grad():
+        for batch in batches:
+            output = model(**batch, output_hidden_states=True)
+            states = output[f"{stack_name}_hidden_states" if both else "hidden_states"]
+            # The last of them has passed the final norm; what the last layer left is what went into it.
+            stream = [*states[: stack.n_layers], last[0] if stack.final_norm else states[stack.n_layers]]
+            rows = token_rows(stream[0], stack_name, batch)
+            wide = [each.flatten(0, -2)[rows].to("cpu", torch.float64) for each in stream]
+            for layer in range(stack.n_layers):
+                total[layer] += (1 - torch.cosine_similarity(wide[layer], wide[layer + 1], dim=-1)).sum()
+            tokens += len(wide[0])
+    if not tokens:
+        raise RequestError("the calibration text is empty; give text of the kind that the model is used on")
+    return total / tokens
