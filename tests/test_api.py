@@ -20,8 +20,8 @@ CUTS: dict[str, dict[str, Any]] = {
     "llama-2-7b": {"d_model": 18},
     "qwen2-0.5b": {"d_model": 18},
     "mbart-large": {"d_model": 18, "method": "select"},
-    "bart-base": {"d_model": 18, "method": "select"},
-    "bert-base-uncased": {"d_model": 18, "method": "select"},
+    "bart-base": {"d_model": 18},
+    "bert-base-uncased": {"d_model": 18},
     "albert-base": {"d_embed": 8},
 }
 

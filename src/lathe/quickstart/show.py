@@ -34,7 +34,12 @@ def examples(documents: Sequence[str], models: Mapping[str, Model]) -> list[Exam
     picked = sentences[:: max(len(sentences) // _EXAMPLES, 1)][:_EXAMPLES]
     first = next(iter(models.values()))
     ask = _continue if first.encoder is None else _one_token if first.decoder is None else _span
-    return [ask(sentence, models) for sentence in picked]
+    return [_on_one_line(ask(sentence, models)) for sentence in picked]
+
+
+def _on_one_line(example: Example) -> Example:
+    answers = {name: " ".join(text.split()) for name, text in example.answers.items()}
+    return Example(example.shown, example.truth, answers)
 
 
 def _fits(sentence: str) -> bool:

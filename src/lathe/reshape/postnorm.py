@@ -55,18 +55,30 @@ def rotate_post_norm(state: State, batches: Sequence[Batch], width: int) -> tupl
     steps = [Step(f"rotate and refit d_model {old} → {width}", False, {"energy": kept, **errors})]
     language = fitted.architecture.head.language
     if language is not None and language.transform is not None and fitted.architecture.embedding.d_embed is None:
-        rows = _listen(teacher, batches, ["head.language.norm"])
-        x = _listen(student, batches, ["head.language.transform"])["head.language.transform"][0]
-        fitted, step = refit_transform(state, fitted, x, rows["head.language.norm"][1], into)
+        old_NE = _listen(teacher, batches, ["head.language.norm"])["head.language.norm"][1]
+        x_ND = _listen(student, batches, ["head.language.transform"])["head.language.transform"][0]
+        if not language.tied:  # a table of its own needs not the stream's channels, but the transform's best ones
+            into = _loudest(old_NE, width)
+            table = "head.language.output.weight"
+            fitted = fitted.with_({table: state.wide(table) @ into})
+        fitted, step = refit_transform(state, fitted, x_ND, old_NE, into)
         steps.append(step)
     return fitted, steps
+
+
+def _loudest(rows_NE: Tensor, width: int) -> Tensor:
+    """Old channels × new ones without a mean of their own: the directions in which rows vary most."""
+    centred = rows_NE - rows_NE.mean(0)
+    directions = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)
+    return directions[:, : width - 1] @ without_mean(width).T
 
 
 def _built(state: State) -> Transformer:
     cast = state.cast(torch.float32)
     model = Transformer(cast.architecture, device="meta")
     model.load_state_dict(dict(cast.tensors), assign=True)
-    return model.eval().requires_grad_(False)
+    model.requires_grad_(False)
+    return model.eval()
 
 
 def _basis(state: State, teacher: Transformer, batches: Sequence[Batch], width: int) -> tuple[Tensor, float]:
