@@ -23,12 +23,31 @@ CUTS: dict[str, dict[str, Any]] = {
     "bart-base": {"d_model": 18},
     "bert-base-uncased": {"d_model": 18},
     "albert-base": {"d_embed": 8},
+    "albert-base-v1": {"d_model": 18},
+    "electra-base": {"d_model": 18},
+    "electra-small": {"d_model": 18},
+}
+
+
+# A file that wants whole copies of a post-norm stream, or heads that fill the width, gets sizes that it can hold.
+FEWER: dict[str, dict[str, Any]] = {"d_ff": {"d_ff": 20}, "n_heads": {"n_heads": 1}, "n_layers": {"n_layers": 1}}
+MORE: dict[str, dict[str, Any]] = {
+    "t5-small": {"d_model": 30, "d_ff": 40, "n_heads": 3, "n_layers": 3},
+    "flan-t5-small": {"d_model": 30, "d_ff": 40, "n_heads": 3, "n_layers": 3},
+    "gpt2": {"d_model": 36, "d_ff": 40, "n_heads": 3, "n_layers": 3},
+    "llama-2-7b": {"d_model": 30, "d_ff": 40, "n_heads": 3, "n_layers": 3},
+    "qwen2-0.5b": {"d_model": 30, "d_ff": 40, "n_heads": 3, "n_layers": 3},
+    "mbart-large": {"d_model": 48, "d_ff": 40, "n_heads": 4, "n_layers": 3},
+    "bart-base": {"d_model": 48, "d_ff": 40},
+    "bert-base-uncased": {"d_model": 48, "d_ff": 40, "n_heads": 4},
+    "albert-base": {"d_model": 48, "d_ff": 40},
+    "electra-small": {"d_model": 48, "d_ff": 40},
 }
 
 
 def small(name: str) -> Architecture:
-    head = "masked" if name.startswith(("bert", "albert")) else None
-    sizes: dict[str, Any] = {**SMALL, "d_embed": 12} if name.startswith("albert") else SMALL
+    head = "masked" if name.startswith(("bert", "albert", "electra")) else None
+    sizes: dict[str, Any] = {**SMALL, "d_embed": 12} if name.startswith(("albert", "electra")) else SMALL
     if name.startswith("qwen2"):
         sizes = {**sizes, "n_kv_heads": 1}
     return lathe.preset(name, head=head).with_(sizes)
@@ -40,23 +59,47 @@ def batch(architecture: Architecture) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "decoder_input_ids": ids[:, :7]} if both else {"input_ids": ids}
 
 
+def assert_stock(model: lathe.Model, directory: Path) -> None:
+    """Stock `transformers` opens the model with nothing missing, and computes what it computes."""
+    saved = model.save(directory)
+    assert saved.stock, saved.reasons
+    kind = getattr(transformers, model.to_transformers().config.architectures[0])
+    stock, told = kind.from_pretrained(directory, output_loading_info=True)
+    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    text = batch(model.architecture)
+    with torch.no_grad():
+        ours, theirs = model(**text).logits, stock.eval()(**text).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    again = lathe.load(directory)
+    torch.testing.assert_close(again(**text).logits, model(**text).logits, atol=0, rtol=0)
+    # A stock config has no place for the mask token's id; the tokenizer carries it.
+    assert again.architecture == model.architecture.with_({"tokens.mask": None})
+
+
 @pytest.mark.parametrize("name", CUTS)
 def test_a_cut_model_opens_in_stock_transformers_with_the_same_logits(name: str, tmp_path: Path) -> None:
     model = lathe.Model(small(name), seed=1)
+    cut = lathe.resize(model, calibrate=[batch(model.architecture)], **CUTS[name])
+    assert_stock(cut, tmp_path / "cut")
+
+
+@pytest.mark.parametrize("field", FEWER)
+@pytest.mark.parametrize("name", MORE)
+def test_a_pruned_model_opens_in_stock_transformers_with_the_same_logits(name: str, field: str, tmp_path: Path) -> None:
+    model = lathe.Model(small(name), seed=1)
+    pruned = lathe.resize(model, calibrate=[batch(model.architecture)], **FEWER[field])
+    assert not pruned.steps[0].exact
+    assert_stock(pruned, tmp_path / "pruned")
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_a_grown_model_opens_in_stock_transformers_and_says_what_it_said(name: str, tmp_path: Path) -> None:
+    model = lathe.Model(small(name), seed=1)
+    grown = lathe.resize(model, **MORE[name])
+    assert all(step.exact for step in grown.steps)
     text = batch(model.architecture)
-    cut = lathe.resize(model, calibrate=[text], **CUTS[name])
-    saved = cut.save(tmp_path / "cut")
-    assert saved.stock, saved.reasons
-    kind = getattr(transformers, cut.to_transformers().config.architectures[0])
-    stock, told = kind.from_pretrained(tmp_path / "cut", output_loading_info=True)
-    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    with torch.no_grad():
-        ours, theirs = cut(**text).logits, stock.eval()(**text).logits
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-    again = lathe.load(tmp_path / "cut")
-    torch.testing.assert_close(again(**text).logits, cut(**text).logits, atol=0, rtol=0)
-    # A stock config has no place for the mask token's id; the tokenizer carries it.
-    assert again.architecture == cut.architecture.with_({"tokens.mask": None})
+    torch.testing.assert_close(grown(**text).logits, model(**text).logits, atol=1e-5, rtol=1e-5)
+    assert_stock(grown, tmp_path / "grown")
 
 
 def test_resizing_leaves_the_model_as_it_was() -> None:
