@@ -29,8 +29,8 @@ from lathe.data import Batches, Corpus
 from lathe.model.transformer import Transformer
 from lathe.objectives import Causal, SpecialTokens
 from lathe.presets import preset
-from lathe.train import OptimizerSettings, ScheduleSettings, TrainSettings
-from lathe.train.run import SaveSettings, fit
+from lathe.train import OptimizerSettings, SaveSettings, ScheduleSettings, TrainSettings
+from lathe.train.run import fit
 
 VOCAB = 64
 TINY = preset("gpt2").with_(
@@ -89,10 +89,10 @@ def kill_at_flush(number: int) -> None:
     """Die at the flush of that number."""
     flush, count = os.fsync, itertools.count(1)
 
-    def dying(descriptor: Any) -> None:
+    def dying(fd: Any) -> None:
         if next(count) == number:
             os.kill(os.getpid(), signal.SIGKILL)
-        flush(descriptor)
+        flush(fd)
 
     os.fsync = dying
 

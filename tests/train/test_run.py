@@ -21,10 +21,10 @@ import lathe
 from lathe.checkpoint.tensors import open_tensors
 from lathe.data import Batch, Batches
 from lathe.errors import LatheError, RequestError
-from lathe.train import OptimizerSettings, TrainSettings, objective_loss
+from lathe.train import OptimizerSettings, SaveSettings, TrainSettings, objective_loss
 from lathe.train.checkpointing import damage
 from lathe.train.records import METRICS
-from lathe.train.run import SaveSettings, fit
+from lathe.train.run import fit
 
 KILLS, STEPS = 20, 140
 

@@ -28,6 +28,7 @@ from lathe.errors import LatheError, RequestError
 # The verbs, in the order that `lathe --help` lists them, and the module of each.
 VERBS: dict[str, str] = {
     "plan": "lathe.cli.plan",
+    "train": "lathe.cli.train",
     "generate": "lathe.cli.generate",
     "tokenize": "lathe.cli.tokenize",
     "tokenizer": "lathe.cli.tokenizer",

@@ -4,8 +4,8 @@ from lathe.train.distil import Distillation
 from lathe.train.evaluate import Evaluation, evaluate
 from lathe.train.loop import StepReport, TrainResult, train
 from lathe.train.loss import label_logits, objective_loss
-from lathe.train.run import SaveSettings, fit
-from lathe.train.settings import OptimizerSettings, ScheduleSettings, TrainSettings
+from lathe.train.run import fit
+from lathe.train.settings import OptimizerSettings, SaveSettings, ScheduleSettings, TrainSettings
 
 __all__ = [
     "Distillation",

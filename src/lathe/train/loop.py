@@ -42,6 +42,7 @@ class StepReport:
     tokens: int  # of all steps so far, padding not counted
     seconds: float  # since the start
     progress: float  # the share of the budget that is spent
+    targets: int = 0  # labels of all steps so far
     batch: str = ""  # the name of the step's first batch: where in the data it was
     evaluation: Evaluation | None = None
 
@@ -124,12 +125,12 @@ class Run:
         self.optimizer = make_optimizer(model, settings.optimizer)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.health = Health(settings.spike)
-        self.steps, self.tokens, self.seconds = 0, 0, 0.0
+        self.steps, self.tokens, self.targets, self.seconds = 0, 0, 0, 0.0
         self.stopped = False
 
     def state_dict(self) -> dict[str, Any]:
         """Counts and health as plain JSON values; with `tensors` and the model, all that the next step depends on."""
-        counts = {"steps": self.steps, "tokens": self.tokens, "seconds": self.seconds}
+        counts = {name: getattr(self, name) for name in ("steps", "tokens", "targets", "seconds")}
         return {**counts, "recent_losses": list(self.health.recent)}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -139,7 +140,8 @@ class Run:
     def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Go on from what `state_dict` and `tensors` gave."""
         load_named_state(self.model, self.optimizer, tensors)
-        self.steps, self.tokens, self.seconds = int(state["steps"]), int(state["tokens"]), float(state["seconds"])
+        for name in ("steps", "tokens", "targets", "seconds"):
+            setattr(self, name, state[name])
         self.health.recent.extend(state["recent_losses"])
 
     @property
@@ -168,9 +170,10 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
         self.tokens += sum(batch.tokens for batch in group)
+        self.targets += sum(batch.targets for batch in group)
         self.seconds += time.perf_counter() - started
         done = min(self.progress, 1.0)
-        return StepReport(self.steps, loss, lr, norm, self.tokens, self.seconds, done, group[0].name)
+        return StepReport(self.steps, loss, lr, norm, self.tokens, self.seconds, done, self.targets, group[0].name)
 
     def _backward(self, group: Sequence[Batch]) -> float:
         """Gradients of the mean loss over every label of the group; that loss."""

@@ -19,19 +19,18 @@ import fcntl
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from lathe.checkpoint.atomic import atomic_file
 from lathe.data.batch import Batch
 from lathe.errors import LatheError, RequestError
 from lathe.model.transformer import Transformer
-from lathe.spec import Spec, size
 from lathe.train.checkpointing import Checkpoints, Stored
 from lathe.train.loop import Run, StepReport, TrainResult, train
 from lathe.train.loss import LossFunction, objective_loss
 from lathe.train.records import METRICS, SPEED, Board, Lines, metrics, speed
-from lathe.train.settings import TrainSettings
+from lathe.train.settings import SaveSettings, TrainSettings
 
 # What may change between two parts of a run: nothing of it changes what a step computes.
 _FREE = ("spike", "checkpointing", "evaluate_every")
@@ -47,16 +46,6 @@ class Resumable(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class SaveSettings(Spec):
-    """When a checkpoint is written and how many stay."""
-
-    every: int | None = size(2**40, default=None)  # steps; none: at the end, and at each best evaluation
-    keep: int = size(10_000, default=2)  # the newest; the best one stays besides
-    patience: int | None = size(2**30, default=None)  # stop after so many evaluations without a better one
-    tensorboard: bool = False
-
-
 def fit(
     model: Transformer,
     batches: Resumable,
@@ -64,10 +53,12 @@ def fit(
     folder: Path,
     *,
     write_model: Callable[[Path], object],
-    save: SaveSettings = SaveSettings(),
+    save: SaveSettings | None = None,
     evaluation: Sequence[Batch] | None = None,
     loss_fn: LossFunction = objective_loss,
     resume: bool = False,
+    asked: Mapping[str, Any] | None = None,
+    notes: Mapping[str, str] | None = None,
     on_step: Callable[[StepReport], None] | None = None,
 ) -> TrainResult:
     """Train `model` in place, and keep in `folder` what it takes to go on.
@@ -76,6 +67,8 @@ def fit(
         write_model: writes the model as a directory at the path that it is given (`model.save`).
         evaluation: a fixed set; the checkpoint with the lowest loss on it is kept as `best`.
         resume: go on where the run in `folder` stopped; start there if it holds none.
+        asked: more that a resume must ask again, as plain JSON values (the rows of a batch).
+        notes: text files to write into `folder`, name to content.
         on_step: called after each step.
 
     Returns:
@@ -86,6 +79,7 @@ def fit(
         LatheError: the loss ran away, the disk is full, or no checkpoint is whole. The line names the last
             good checkpoint.
     """
+    save = save or SaveSettings()
     if save.patience is not None and evaluation is None:
         raise RequestError("patience counts evaluations and there is nothing to evaluate on; give validation data")
     checkpoints = Checkpoints(folder / "checkpoints", save.keep)
@@ -93,11 +87,14 @@ def fit(
     with _locked(folder):
         stored = checkpoints.newest()
         run = Run(model, settings, loss_fn)
-        asked = _asked(model, settings)
+        wanted = _asked(model, settings, asked or {})
         if stored is not None:
-            _restore(stored, asked, model, batches, run)
+            _restore(stored, wanted, model, batches, run)
             checkpoints.link(stored.step, stored.state["best_step"])
-        keeper = _Keeper(folder, checkpoints, stored, asked, run, batches, save, write_model)
+        for name, text in (notes or {}).items():
+            with atomic_file(folder / name, replace=True) as made:
+                made.write_text(text, encoding="utf-8")
+        keeper = _Keeper(folder, checkpoints, stored, wanted, run, batches, save, write_model)
         if run.stopped or run.progress >= 1.0:
             keeper.close()
             return TrainResult()
@@ -208,10 +205,10 @@ def _restore(stored: Stored, asked: Mapping[str, Any], model: Transformer, batch
     run.load_state_dict(stored.state["run"], stored.moments())
 
 
-def _asked(model: Transformer, settings: TrainSettings) -> dict[str, Any]:
+def _asked(model: Transformer, settings: TrainSettings, more: Mapping[str, Any]) -> dict[str, Any]:
     """What a run must be asked again to go on, as plain JSON values; its data knows itself."""
     training = {key: value for key, value in settings.to_dict().items() if key not in _FREE}
-    values = {"architecture": model.architecture.to_dict(), **training}
+    values = {"architecture": model.architecture.to_dict(), **training, **more}
     plain: dict[str, Any] = json.loads(json.dumps(values))
     return plain
 

@@ -70,3 +70,13 @@ class TrainSettings(Spec):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise RequestError(f"{name}={value}: expected more than 0, or none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveSettings(Spec):
+    """When a checkpoint is written and how many stay."""
+
+    every: int | None = size(2**40, default=None)  # steps; none: at the end, and at each best evaluation
+    keep: int = size(10_000, default=2)  # the newest; the best one stays besides
+    patience: int | None = size(2**30, default=None)  # stop after so many evaluations without a better one
+    tensorboard: bool = False

@@ -1,0 +1,189 @@
+"""`lathe train RUN.yaml [key=value …]` and `lathe train MODEL --data FILE objective=… steps=…`."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lathe.cli.settings import parse_settings
+from lathe.errors import RequestError
+
+if TYPE_CHECKING:
+    from lathe.cli.output import Advance
+    from lathe.train.job import Job
+    from lathe.train.loop import StepReport
+
+_PARTS = 1000  # of a budget that is not counted in steps
+
+
+def command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN.yaml|MODEL",
+            help="A run file; or a preset or an architecture's JSON file (new weights), a model's directory, a hub id.",
+        ),
+    ],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Any key of the run: objective=causal, steps=2000, optimizer.lr=3e-4, data.rows=32, d_model=256.",
+        ),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="The text to train on; data.train=FILE.")] = None,
+    validation: Annotated[str | None, typer.Option(help="Text to evaluate on; data.validation=FILE.")] = None,
+    out: Annotated[str | None, typer.Option(help="Where the run is kept; out=DIRECTORY.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cuda, mps, cpu; device=NAME.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run stopped; start if it did not.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Train a model, and keep checkpoints that can be resumed and opened anywhere."""
+    words: dict[str, Any] = dict(parse_settings(settings or []))
+    options = {"data.train": data, "data.validation": validation, "out": out, "device": device}
+    for key, value in options.items():
+        if value is None:
+            continue
+        if key in words or (key == "data.train" and "data" in words):
+            raise RequestError(f"{key} is set twice, by an option and by a word; set it once")
+        words[key] = value
+    tree: Any = {}
+    if Path(model).suffix in (".yaml", ".yml"):
+        tree = _read_yaml(Path(model))
+    else:
+        words["model"] = model
+    _train(tree, words, resume, as_json)
+
+
+def _train(tree: Any, words: dict[str, Any], resume: bool, as_json: bool) -> None:
+    from lathe.cli.output import answers, emit_json, progress, say
+    from lathe.train.job import open_job
+    from lathe.train.request import read_request
+
+    request = read_request(tree, words)
+    say(f"reading {request.data.train}")
+    job = open_job(request)
+    say(f"{_about(job)}; the run is kept in {request.folder}")
+    total = request.steps or _PARTS
+    with progress("training", total) as advance:
+        result = job.run(resume=resume, on_step=_Meter(job, total, advance))
+    answer = _answer(request.folder)
+    if as_json:
+        emit_json(answer)
+        return
+    if not result.steps:
+        answers().print(f"the run in {request.folder} is finished already; nothing was left to do", soft_wrap=True)
+        return
+    found = answer["evaluation"]
+    held_out = f", validation loss {found['loss']:.4f}" if found else ""
+    answers().print(f"step {answer['step']}: loss {answer['loss']:.4f}{held_out}; {answer['model']}", soft_wrap=True)
+
+
+def _about(job: Job) -> str:
+    from lathe.blueprint import stored
+
+    model, corpus = job.subject.model, job.batches.corpus
+    parameters = sum(p.size for p in stored(model.architecture) if p.trained)
+    return (
+        f"{parameters:,} parameters on {model.device.type}; {len(corpus):,} documents of {corpus.n_tokens:,} tokens, "
+        f"objective {job.request.objective['name']}"
+    )
+
+
+class _Meter:
+    """Tells the progress bar how it goes: loss, tokens a second, share of the machine's peak, time left."""
+
+    def __init__(self, job: Job, total: int, advance: Advance) -> None:
+        from lathe.train.machine import matrix_peak
+
+        self.job, self.total, self.advance = job, total, advance
+        self.training = job.request.training(job.subject.model.device.type)
+        self.peak = matrix_peak(job.subject.model.device, self.training.precision)
+        self.shown = 0
+        self.before: tuple[int, int, float, float] | None = None  # tokens, targets, progress, clock: at the first step
+
+    def __call__(self, report: StepReport) -> None:
+        now = time.perf_counter()
+        done = int(report.progress * self.total + 1e-6)
+        note = f"loss {report.loss:.3f}"
+        if self.before is None:
+            self.before = (report.tokens, report.targets, report.progress, now)
+        else:
+            note += self._speed(report, now)
+        if report.evaluation is not None:
+            note += f", validation {report.evaluation.loss:.3f}"
+        self.advance(done - self.shown, note)
+        self.shown = done
+
+    def _speed(self, report: StepReport, now: float) -> str:
+        from lathe.train.machine import flops_of_training
+
+        assert self.before is not None
+        tokens, targets, progress, clock = self.before
+        seconds = max(now - clock, 1e-9)
+        flops = flops_of_training(
+            self.job.subject.model.architecture,
+            self.job.request.data.length,
+            report.tokens - tokens,
+            report.targets - targets,
+            self.training.checkpointing,
+        )
+        left = (1 - report.progress) * seconds / max(report.progress - progress, 1e-9)
+        share = flops / seconds / self.peak
+        return f", {(report.tokens - tokens) / seconds:,.0f} tokens/s, {share:.0%} of peak, {_time(left)} left"
+
+
+def _time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _answer(folder: Path) -> dict[str, Any]:
+    """How the run stands, read from what it wrote down: it may have been finished before."""
+    metrics, seconds = (_lines(folder / name) for name in ("metrics.jsonl", "speed.jsonl"))
+    last = metrics[-1]
+    evaluations = [{"step": line["step"], **line["evaluation"]} for line in metrics if "evaluation" in line]
+    best = folder / "checkpoints" / "best"
+    return {
+        "run": str(folder),
+        "model": str(folder / "checkpoints" / "last"),
+        "best": str(best) if best.exists() else None,
+        **{key: last[key] for key in ("step", "tokens", "loss")},
+        "seconds": seconds[-1]["seconds"],
+        "evaluation": evaluations[-1] if evaluations else None,
+        "best_evaluation": min(evaluations, key=lambda each: each["loss"]) if evaluations else None,
+    }
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _read_yaml(path: Path) -> Any:
+    import yaml
+
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RequestError(f"there is no run file {path}") from None
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path} is not UTF-8 (byte {error.start}): expected a run as YAML") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" (line {mark.line + 1})" if mark is not None else ""
+        raise RequestError(f"{path} is not YAML{where}: expected keys and values, as steps: 2000") from None
+    return _spelled(tree)
+
+
+def _spelled(value: Any) -> Any:
+    """Words of a YAML file read as on the command line: `3e-4` is a number there, and `none` is none."""
+    if isinstance(value, dict):
+        return {key: _spelled(each) for key, each in value.items()}
+    if isinstance(value, str) and value:
+        return parse_settings([f"value={value}"])["value"]
+    return value

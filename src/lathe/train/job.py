@@ -1,0 +1,184 @@
+"""From a request to a trained model: what `lathe train` does, and what a program may do as well.
+
+    run_job(read_request({"model": "t5-small", …}, {}))
+
+The model is a preset (or an architecture's file) with new weights drawn from the run's seed, or a trained one
+from a directory or the hub. New weights take their vocabulary and special tokens from the tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lathe.architecture import Architecture
+from lathe.checkpoint.load import open_checkpoint
+from lathe.checkpoint.save import save_checkpoint
+from lathe.data.batches import Batches
+from lathe.data.tokenise import special_tokens
+from lathe.errors import RequestError
+from lathe.model.transformer import Transformer
+from lathe.objectives.base import Objective
+from lathe.objectives.by_name import objective
+from lathe.presets import names, preset
+from lathe.text.tokenizer import Tokenizer
+from lathe.train.loop import StepReport, TrainResult
+from lathe.train.machine import pick_device
+from lathe.train.reading import corpus
+from lathe.train.request import RunSettings
+from lathe.train.run import fit
+
+_HEAD = "head"
+
+
+@dataclass
+class Subject:
+    """What is trained, and what travels with it."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def write(self, path: Path) -> None:
+        """Write the model as a directory that stock tools open, where its family can hold it."""
+        save_checkpoint(
+            path,
+            self.model.architecture,
+            {name: tensor.detach() for name, tensor in self.model.state_dict().items()},
+            tokenizer=self.tokenizer,
+            generation=self.generation,
+            config=self.config,
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request with everything that it names opened and checked against each other."""
+
+    request: RunSettings
+    subject: Subject
+    batches: Batches
+    evaluation: list[Any] | None
+
+    def run(self, *, resume: bool = False, on_step: Callable[[StepReport], None] | None = None) -> TrainResult:
+        """Train; see `lathe.train.fit`."""
+        request = self.request
+        return fit(
+            self.subject.model,
+            self.batches,
+            request.training(self.subject.model.device.type),
+            request.folder,
+            write_model=self.subject.write,
+            save=request.save,
+            evaluation=self.evaluation,
+            resume=resume,
+            asked={"data": {"rows": request.data.rows}},
+            notes={"run.json": json.dumps(request.to_dict(), indent=2, ensure_ascii=False) + "\n"},
+            on_step=on_step,
+        )
+
+
+def open_job(request: RunSettings) -> Job:
+    """Open the model, the tokenizer and the data of a request, and check that they fit.
+
+    Raises:
+        RequestError: something is missing, or does not fit the rest.
+    """
+    subject = open_subject(request.model, request.tokenizer, request.architecture, request.seed, request.device)
+    made = make_objective(subject, request.objective)
+    data = request.data
+    batches = Batches(
+        corpus(data.train, subject.tokenizer, made),
+        made,
+        length=data.length,
+        target_length=data.target_length,
+        rows=data.rows,
+        seed=data.seed,
+    )
+    batches.fit(subject.model.architecture)
+    held_out = None
+    if data.validation is not None:
+        fixed = Batches(
+            corpus(data.validation, subject.tokenizer, made), made, length=data.length, rows=data.rows, seed=data.seed
+        )
+        held_out = fixed.one_pass(data.validation_batches)
+    return Job(request, subject, batches, held_out)
+
+
+def make_objective(subject: Subject, asked: Mapping[str, Any]) -> Objective:
+    """The objective that a request names, for this model and its tokenizer."""
+    settings = {key: value for key, value in asked.items() if key != "name"}
+    made = objective(asked["name"], special_tokens(subject.tokenizer, subject.model.architecture), **settings)
+    made.fit(subject.model.architecture)
+    return made
+
+
+def open_subject(
+    model: str, tokenizer: str | None, changes: Mapping[str, Any], seed: int, device: str = "auto"
+) -> Subject:
+    """New weights of a preset or an architecture's file; the weights of a directory or a hub id.
+
+    Raises:
+        RequestError: no such model, no tokenizer, or sizes for a model that has its weights already.
+    """
+    where = pick_device(device)
+    new = _architecture(model, changes.get(_HEAD))
+    if new is None:
+        if changes:
+            key, value = next(iter(changes.items()))
+            raise RequestError(
+                f"{key}={value}: {model} has trained weights of its own sizes; train a preset with these sizes"
+            )
+        return _trained(model, tokenizer, where)
+    if tokenizer is None:
+        raise RequestError(
+            f"{model} has no tokenizer of its own: give tokenizer=DIRECTORY "
+            "(lathe tokenizer DIRECTORY --from FILE makes one)"
+        )
+    text = Tokenizer.load(tokenizer)
+    sizes = {key: value for key, value in changes.items() if not (key == _HEAD and isinstance(value, str))}
+    architecture = new.with_({**_from_tokenizer(new, text), **sizes})
+    return Subject(Transformer(architecture, seed=seed).to(where), text)
+
+
+def _trained(model: str, tokenizer: str | None, where: Any) -> Subject:
+    checkpoint = open_checkpoint(model)
+    built = Transformer(checkpoint.architecture, seed=None)
+    parameters = checkpoint.parameters
+    built.load_state_dict({name: parameters.tensor(name) for name in parameters.names()})
+    place = Path(tokenizer) if tokenizer is not None else checkpoint.directory
+    if place is None or not Tokenizer.is_in(place):
+        raise RequestError(f"{place or model} holds no tokenizer: give tokenizer=DIRECTORY")
+    return Subject(built.to(where), Tokenizer.load(place), checkpoint.generation, checkpoint.config)
+
+
+def _architecture(model: str, head: Any) -> Architecture | None:
+    """The architecture of new weights; None where `model` names trained ones."""
+    if model in names():
+        return preset(model, head if isinstance(head, str) else None)
+    path = Path(model).expanduser()
+    if path.is_file():
+        return Architecture.from_json(path.read_text(encoding="utf-8"))
+    if path.is_dir() or "/" in model:
+        return None
+    try:
+        return preset(model)
+    except RequestError as error:
+        raise RequestError(f"{error} Or give a directory, or a hub id as owner/name") from None
+
+
+def _from_tokenizer(architecture: Architecture, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The vocabulary's size and the special tokens; the decoder starts with the same role as before."""
+    before = architecture.tokens
+    eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    tokens = {"pad": tokenizer.pad_id, "bos": tokenizer.bos_id, "mask": tokenizer.mask_id, "eos": eos}
+    start: int | None = None
+    if before.decoder_start is not None:
+        roles = ((before.pad, tokenizer.pad_id), (before.bos, tokenizer.bos_id), (before.eos[:1], tokenizer.eos_id))
+        start = next((now for then, now in roles if then in (before.decoder_start, (before.decoder_start,))), None)
+    values = {**before.to_dict(), **tokens, "decoder_start": start}
+    return {"vocab_size": tokenizer.vocab_size, "tokens": values}

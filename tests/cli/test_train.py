@@ -1,0 +1,138 @@
+"""`lathe train`: a run file and words become one run; what is wrong is one line and leaves nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import lathe
+from lathe.text.train import train_tokenizer
+
+TEXT = ["the quick brown fox jumps over the lazy dog", "a lathe turns wood and metal to the size that is asked for"] * 9
+SIZES = ["d_model=16", "n_layers=1", "n_heads=2", "d_head=8", "d_ff=24", "max_positions=64"]
+WORDS = ["objective=causal", "tokenizer=tok", "data.length=32", "data.rows=4", "device=cpu", *SIZES]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("train")
+    train_tokenizer(TEXT, 300, convention="gpt2").save(folder / "tok")
+    (folder / "text.txt").write_text("\n".join(TEXT), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with a tokenizer and some text in it."""
+    for name in ("tok", "text.txt"):
+        (tmp_path / name).symlink_to(made / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_preset_is_trained_and_opens_in_lathe_and_transformers(cli: Callable, here: Path):
+    options = ["--data", "text.txt", "--validation", "text.txt", "--out", "run", "--json"]
+    ran = cli("train", "gpt2", *WORDS, "steps=4", "evaluate_every=2", "optimizer.lr=1e-2", *options)
+    assert ran.code == 0, ran.err
+    answer = json.loads(ran.out)
+    assert answer["step"] == 4
+    assert answer["evaluation"]["loss"] == answer["best_evaluation"]["loss"]
+    assert "of peak" in ran.err
+    model = lathe.load(answer["model"])
+    assert model.tokenizer is not None
+    assert model.architecture.embedding.vocab_size == model.tokenizer.vocab_size
+    from transformers import AutoModelForCausalLM
+
+    stock = AutoModelForCausalLM.from_pretrained(answer["model"])
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(stock(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_a_run_file_takes_words_and_resumes(cli: Callable, here: Path):
+    (here / "run.yaml").write_text(
+        """
+        model: gpt2
+        tokenizer: tok
+        architecture: {d_model: 16, n_layers: 1, n_heads: 2, d_head: 8, d_ff: 24, max_positions: 64}
+        objective: {name: causal}
+        data: {train: text.txt, length: 32, rows: 4}
+        optimizer: {lr: 3e-3, clip: none}
+        save: {every: 2, tensorboard: true}
+        steps: 3
+        out: run
+        device: cpu
+        """
+    )
+    assert cli("train", "run.yaml", "optimizer.lr=1e-3").code == 0
+    asked = json.loads((here / "run" / "run.json").read_text())
+    assert asked["optimizer"]["lr"] == 1e-3
+    assert asked["optimizer"]["clip"] is None
+    assert list((here / "run" / "tensorboard").iterdir())
+    again = cli("train", "run.yaml", "optimizer.lr=1e-3", "--resume")
+    assert again.code == 0
+    assert "finished already" in again.out
+    assert cli("train", "run.yaml", "optimizer.lr=1e-3").code == 2
+    other = cli("train", "run.yaml", "--resume")
+    assert other.code == 2
+    assert "was started with optimizer.lr=0.001 and this one says 0.003" in other.err
+    rows = cli("train", "run.yaml", "optimizer.lr=1e-3", "data.rows=2", "--resume")
+    assert "was started with data.rows=4 and this one says 2" in rows.err
+
+
+def test_a_trained_model_is_trained_on(cli: Callable, here: Path):
+    assert cli("train", "gpt2", *WORDS, "steps=2", "--data", "text.txt", "--out", "one").code == 0
+    start = "one/checkpoints/last"
+    words = ["objective=causal", "steps=1", "data.length=32", "device=cpu", "optimizer.kind=adafactor"]
+    ran = cli("train", start, *words, "data=text.txt", "out=two")
+    assert ran.code == 0, ran.err
+    before, after = (lathe.load(name).tensors() for name in (start, "two/checkpoints/last"))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    refused = cli("train", start, *words, "data=text.txt", "d_model=32", "out=three")
+    assert refused.code == 2
+    assert "has trained weights of its own sizes" in refused.err
+    assert not (here / "three").exists()
+
+
+BAD = {
+    "an unknown key": (["stepz=3"], "unknown key 'stepz'"),
+    "an unknown nested key": (["optimizer.rate=3"], "unknown field 'optimizer.rate'"),
+    "an unknown size": (["decoder.width=3"], "unknown field 'decoder.width'"),
+    "a bare value for a group": (["optimizer=adamw"], "expected fields of OptimizerSettings"),
+    "an unknown objective": (["objective=casual"], "did you mean 'causal'?"),
+    "another shape's objective": (["objective=masked"], "the objective masked"),
+    "an unknown setting of the objective": (["objective.share=0.2"], "share"),
+    "no budget": (["steps=none"], "the run has no end"),
+    "an empty file": (["data.train=empty.txt"], "is empty"),
+    "a missing file": (["data.train=nowhere.txt"], "nowhere.txt"),
+    "rows longer than the positions": (["data.length=512"], "positions"),
+    "a tokenizer that does not fit": (["vocab_size=50"], "the tokenizer has"),
+    "a device that is not here": (["device=cuda:99"], "there is no such device here"),
+    "adafactor's missing beta": (["optimizer.kind=adafactor", "optimizer.beta1=0.5"], "adafactor has no beta1"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_one_line_and_nothing_is_written(cli: Callable, here: Path, what: str):
+    (here / "empty.txt").touch()
+    # Long enough that a row of 512 would be needed.
+    (here / "long.txt").write_text(" ".join(TEXT * 9), encoding="utf-8")
+    words, line = BAD[what]
+    given = {word.partition("=")[0]: word for word in [*WORDS, "steps=2", "data.train=long.txt", "out=run", *words]}
+    ran = cli("train", "gpt2", *given.values())
+    assert ran.code == 2, ran.err
+    last = ran.err.splitlines()[-1]
+    assert last.startswith("lathe: ")
+    assert line in last
+    assert not (here / "run").exists()
+
+
+def test_a_run_file_that_cannot_be_read_is_named(cli: Callable, here: Path):
+    (here / "broken.yaml").write_text("steps: [1\nmodel: gpt2")
+    assert "broken.yaml is not YAML (line 2)" in cli("train", "broken.yaml").err
+    (here / "empty.yaml").touch()
+    assert "holds no keys" in cli("train", "empty.yaml").err
+    assert "there is no run file missing.yaml" in cli("train", "missing.yaml").err
