@@ -22,7 +22,7 @@ from lathe.architecture import Architecture
 from lathe.errors import RequestError
 from lathe.families import objections
 from lathe.model.transformer import Transformer
-from lathe.reshape import cut, grow, grow_heads, grow_width, prune, prune_layers
+from lathe.reshape import cut, factorise, grow, grow_heads, grow_width, prune, prune_layers
 from lathe.reshape.calibrate import Batch
 from lathe.reshape.operation import Context, Operation, Planner
 from lathe.reshape.state import State, Step
@@ -77,8 +77,8 @@ def with_followers(source: Architecture, changes: Mapping[str, Any]) -> dict[str
     Raises:
         RequestError: where no whole number of channels per head fills the width.
     """
-    target = source.with_(changes)
-    out = dict(changes)
+    out = {**factorise.followers(source, source.with_(changes)), **changes}
+    target = source.with_(out)
     if not objections(target):
         return out
     for name, stack in source.stacks:
@@ -106,6 +106,7 @@ def _planners(method: str) -> tuple[Planner, ...]:
     """Who may change what, in the order in which it is done."""
     return (
         grow.plan_untying,
+        factorise.plan_embedding,
         prune_layers.plan_layers,
         prune.plan_heads,
         prune.plan_feed_forward,
