@@ -41,9 +41,10 @@ class SpecialTokens(Spec):
     decoder_start: int | None = size(2**24, least=0, default=None)
     reserved: tuple[int, ...] = ()  # more ids that stand for no text (the unknown, language codes)
     continues: tuple[int, ...] = ()  # ids that go on with the word of the token before (##ing)
-    front: tuple[int, ...] = ()  # what the tokenizer sets before a text …
-    middle: tuple[int, ...] = ()  # … between the two texts of a pair …
-    back: tuple[int, ...] = ()  # … and after the last one
+    # What the tokenizer sets before a text, between the two texts of a pair, and after the last; None: unknown.
+    front: tuple[int, ...] | None = ()
+    middle: tuple[int, ...] | None = ()
+    back: tuple[int, ...] | None = ()
     token_types: bool = False  # whether the second text of a pair has token type 1
 
     def need(self, name: str, what: str) -> int:

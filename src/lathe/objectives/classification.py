@@ -40,10 +40,25 @@ class Classification(RecordObjective):
         """The texts and the label."""
         return ("text", "pair", "label") if self.pairs else ("text", "label")
 
+    def check(self) -> None:
+        if None in (self.special.front, self.special.middle, self.special.back):
+            raise RequestError(
+                "the objective classification needs to know what the tokenizer sets around texts and between pairs, "
+                "and this one follows no such rule; use another tokenizer"
+            )
+
+    @property
+    def _around(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """The marks before, between and after."""
+        front, middle, back = self.special.front, self.special.middle, self.special.back
+        assert front is not None
+        assert middle is not None
+        assert back is not None
+        return front, middle if self.pairs else (), back
+
     @property
     def _marks(self) -> int:
-        special = self.special
-        return len(special.front) + len(special.back) + (len(special.middle) if self.pairs else 0)
+        return sum(len(each) for each in self._around)
 
     def record_widths(self, lengths: Mapping[str, IntArray]) -> tuple[IntArray, IntArray]:
         """The texts and their marks, after shortening."""
@@ -69,10 +84,7 @@ class Classification(RecordObjective):
         if self.max_length is not None:
             keep = share(self.max_length - self._marks, len(first), len(second))
             first, second = first[: keep[0]], second[: keep[1]]
-        front, middle, back = (
-            np.array(marks, np.int64)
-            for marks in (self.special.front, self.special.middle if self.pairs else (), self.special.back)
-        )
+        front, middle, back = (np.array(marks, np.int64) for marks in self._around)
         ids = np.concatenate((front, first, middle, second, back))
         types: IntArray | None = None
         if self.special.token_types:

@@ -1,0 +1,32 @@
+"""A text cut into the segments that sentence objectives exchange: lines, paragraphs or sentences.
+
+The segments put together are the text, but for the white space between them. A sentence ends at `.`, `!`, `?`, `…`
+or their full-width forms, with closing quotes and brackets, before white space; also at the end of a line. That
+takes `e.g. this` for two, which for these objectives does no harm: they need places where text pauses.
+"""
+
+from __future__ import annotations
+
+import re
+
+from lathe.errors import RequestError
+from lathe.spec import unknown
+
+_ENDS = {
+    "line": re.compile(r"\s*\n\s*"),
+    "paragraph": re.compile(r"\s*\n[^\S\n]*\n\s*"),
+    "sentence": re.compile(r"(?<=[.!?…。！？])\s+|(?<=[.!?…。！？][\"'”’)\]」』])\s+|\s*\n\s*"),
+}
+KINDS = tuple(_ENDS)
+
+
+def check_kind(kind: str) -> None:
+    """Raise `RequestError` for a kind of segment that does not exist."""
+    if kind not in _ENDS:
+        raise RequestError(unknown("kind of segment", kind, KINDS))
+
+
+def segments(text: str, kind: str) -> list[str]:
+    """The segments of `text`, none of them empty: `segments("One. Two!", "sentence")` is `["One.", "Two!"]`."""
+    check_kind(kind)
+    return [part.strip() for part in _ENDS[kind].split(text) if part.strip()]
