@@ -89,6 +89,7 @@ def test_what_datasets_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, st
         ("a.jsonl", b'{"text": ["b"]}', RequestError, "line 1: the column 'text' holds a list"),
         ("a.tsv", b"text\tlabel\na\t1\nb\n", RequestError, r"line 3: 1 columns; the header has 2 \(text, label\)"),
         ("a.tsv", b"text\tlabel\n\t1\n", RequestError, "line 2: the column 'text' has no value"),
+        ("a.tsv", b"text\ttext\na\tb\n", RequestError, "line 1: the header names 'text' twice"),
         ("a.csv", b'text,label\na,1\n"b,1\n', RequestError, "line 3: not CSV"),
         ("a.csv", b"words,label\na,1\n", RequestError, "line 2: there is no column 'text'; it has words, label"),
         ("a.parquet", b"PAR1 nothing", LatheError, "a.parquet is no Parquet file"),
@@ -112,5 +113,8 @@ def test_a_path_that_leads_nowhere_and_a_format_that_is_none(tmp_path: Path):
         read("reviews.tsv.gz")
     with pytest.raises(RequestError, match="unknown format 'xml': expected one of lines, paragraphs"):
         read(tmp_path / "a.txt", format="xml")
+    (tmp_path / "b.txt").write_text("text")
+    with pytest.raises(RequestError, match=r"are for datasets, and .* is a file; leave them out"):
+        read(tmp_path / "b.txt", split="valid")
     with pytest.raises(RequestError, match="format='tsv' is for files"):
         read(tmp_path, format="tsv")

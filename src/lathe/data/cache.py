@@ -60,7 +60,7 @@ def cached(
     encoder = Encoder(tokenizer, breaks, labels)
     name = _name(tokenizer, records(), breaks, labels)
     place = Path(folder).expanduser().resolve() / name
-    found = _open(place)
+    found = _open(place, loud=False)
     if found is not None:
         return found
     with _alone(place):
@@ -179,11 +179,9 @@ def _checksum(file: Path) -> str:
 # --- reading -------------------------------------------------------------------------------------------
 
 
-def _open(place: Path) -> Corpus | None:
-    """The corpus of a cache; None where there is none, or, with a warning, where it is damaged."""
-    if not (place / _MANIFEST).is_file():
-        if place.is_dir() and any(place.iterdir()):
-            _LOG.warning("the cache %s is damaged (%s is missing); tokenising again", place, _MANIFEST)
+def _open(place: Path, *, loud: bool = True) -> Corpus | None:
+    """The corpus of a cache; None where there is none, or where it is damaged, which `loud` puts in the log."""
+    if not place.is_dir() or not any(place.iterdir()):
         return None
     try:
         manifest = json.loads((place / _MANIFEST).read_bytes())
@@ -192,7 +190,8 @@ def _open(place: Path) -> Corpus | None:
                 raise ValueError(f"{name} is not what was written")
         columns = {field: _column(place, field, dtype) for field, dtype in manifest["fields"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        _LOG.warning("the cache %s is damaged (%s); tokenising again", place, error)
+        if loud:
+            _LOG.warning("the cache %s is damaged (%s); tokenising again", place, error)
         return None
     labels = columns.pop(LABEL, None)
     breaks = columns.pop(BREAKS, None)

@@ -39,6 +39,11 @@ class Ragged:
         start = int(self.ends[index - 1]) if index else 0
         return self.flat[start : int(self.ends[index])].astype(np.int64)
 
+    def part(self, index: int, start: int, stop: int) -> IntArray:
+        """A copy of `start:stop` of row `index`, without reading the rest of it; `stop` is within the row."""
+        first = int(self.ends[index - 1]) if index else 0
+        return self.flat[first + start : first + stop].astype(np.int64)
+
     @classmethod
     def of(cls, rows: Iterable[ArrayLike], vocab_size: int) -> Ragged:
         """Rows gathered from lists or arrays of ids, each of which must be below `vocab_size`."""
@@ -106,7 +111,7 @@ class Corpus:
 
     def piece(self, document: int, start: int, stop: int) -> tuple[IntArray, IntArray | None]:
         """Tokens `start` to `stop` of a document's `text`, and the breaks inside them, counted from `start`."""
-        text = self.fields["text"].row(document)[start:stop]
+        text = self.fields["text"].part(document, start, stop)
         if self.breaks is None:
             return text, None
         breaks = self.breaks.row(document) - start

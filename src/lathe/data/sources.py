@@ -51,7 +51,7 @@ def read(
     *,
     fields: Mapping[str, str] | None = None,
     format: str | None = None,
-    split: str = "train",
+    split: str | None = None,
     config: str | None = None,
     stream: bool = False,
 ) -> Iterator[dict[str, str]]:
@@ -61,7 +61,8 @@ def read(
         source: the path of a file, or what `datasets.load_dataset` opens.
         fields: what to call which column: `{"source": "en", "target": "ko"}`; `{"text": "text"}` where left out.
         format: how to read the file; by its name where left out.
-        split, config, stream: for `datasets`: which part, which configuration, and whether to download as it goes.
+        split, config, stream: for `datasets` alone: which part (`train` where left out), which configuration, and
+            whether to download as it goes.
 
     Raises:
         RequestError: no such source, no such format or column, text that is not UTF-8, no record at all.
@@ -72,13 +73,15 @@ def read(
     if format is not None and format not in _READERS:
         raise RequestError(unknown("format", format, _READERS))
     if path.is_file():
+        if split is not None or config is not None or stream:
+            raise RequestError(f"split, config and stream are for datasets, and {path} is a file; leave them out")
         rows = _READERS[format or _format(path)](path)
     elif _looks_like_a_file(source, path):
         raise RequestError(f"there is no file {path}; give the path of a file, or the name of a dataset")
     else:
         if format is not None:
             raise RequestError(f"format={format!r} is for files, and {source} is none; leave it out")
-        rows = _dataset(os.fspath(source), split, config, stream)
+        rows = _dataset(os.fspath(source), split or "train", config, stream)
     return _selected(rows, wanted, os.fspath(source))
 
 
@@ -199,7 +202,7 @@ def _tsv(path: Path) -> Iterator[tuple[str, Row]]:
     for number, line in _lines(path):
         cells = line.split("\t")
         if header is None:
-            header = cells
+            header = _header(f"{path}, line {number}", cells)
         elif line.strip():
             yield _row(f"{path}, line {number}", header, cells)
 
@@ -210,11 +213,18 @@ def _csv(path: Path) -> Iterator[tuple[str, Row]]:
     try:
         for cells in reader:
             if header is None:
-                header = cells
+                header = _header(f"{path}, line {reader.line_num}", cells)
             elif cells:
                 yield _row(f"{path}, line {reader.line_num}", header, cells)
     except csv.Error as error:
         raise RequestError(f"{path}, line {reader.line_num}: not CSV ({error}); correct that line") from error
+
+
+def _header(where: str, cells: list[str]) -> list[str]:
+    twice = [name for name in cells if cells.count(name) > 1]
+    if twice:
+        raise RequestError(f"{where}: the header names {twice[0]!r} twice; give each column a name of its own")
+    return cells
 
 
 def _row(where: str, header: list[str], cells: list[str]) -> tuple[str, Row]:
