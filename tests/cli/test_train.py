@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("tok", "text.txt"):
         (tmp_path / name).symlink_to(made / name)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # the cache of token ids is there
     return tmp_path
 
 
@@ -97,6 +99,77 @@ def test_a_trained_model_is_trained_on(cli: Callable, here: Path):
     assert not (here / "three").exists()
 
 
+def test_a_pretrained_encoder_becomes_a_classifier_and_is_evaluated(cli: Callable, here: Path):
+    train_tokenizer(TEXT, 90, convention="bert").save(here / "bert-tok")
+    sizes = ["d_model=16", "n_layers=1", "n_heads=2", "d_head=8", "d_ff=24", "max_positions=64"]
+    words = ["data.length=32", "data.rows=4", "device=cpu", "seed=1"]
+    first = ["head=masked", "tokenizer=bert-tok", "objective=masked", "steps=2", "out=pretrained", *sizes]
+    ran = cli("train", "bert-base-uncased", *words, *first, "data=text.txt")
+    assert ran.code == 0, ran.err
+    reviews = "".join(f"{'good fox' if i % 2 else 'bad dog'}\t{'pos' if i % 2 else 'neg'}\n" for i in range(24))
+    (here / "reviews.tsv").write_text("document\tsaid\n" + reviews)
+    columns = ["data.fields.text=document", "data.fields.label=said", "data.labels=neg,pos"]
+    task = ["objective=classification", "steps=60", "optimizer.lr=5e-3", "dropout=0.0", "out=tuned"]
+    ran = cli(
+        "train", "pretrained/checkpoints/last", "head=classification", *words, *columns, *task, "--data", "reviews.tsv"
+    )
+    assert ran.code == 0, ran.err
+    before, after = (lathe.load(f"{name}/checkpoints/last") for name in ("pretrained", "tuned"))
+    assert after.architecture.head.classifier is not None
+    assert after.architecture.d_model == before.architecture.d_model
+    ran = cli("evaluate", "tuned/checkpoints/last", *columns, "--data", "reviews.tsv", "--json")
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out)
+    assert (found["accuracy"], found["f1"], found["documents"]) == (1.0, 1.0, 24)
+    wrong = cli("evaluate", "tuned/checkpoints/last", "data.fields.text=nothing", "--data", "reviews.tsv")
+    assert wrong.code == 2
+    assert "there is no column 'nothing'" in wrong.err
+
+
+def test_one_model_learns_several_tasks(cli: Callable, here: Path):
+    train_tokenizer(TEXT, 312, sentinels=4).save(here / "t5-tok")
+    lines = [json.dumps({"en": "the lazy dog", "ko": "wood and metal"})] * 6
+    (here / "docs.jsonl").write_text("\n".join(lines))
+    (here / "run.yaml").write_text(
+        """
+        model: t5-small
+        tokenizer: t5-tok
+        architecture: {d_model: 16, n_layers: 1, n_heads: 2, d_head: 8, d_ff: 24}
+        objective: seq2seq
+        data:
+          tasks:
+            there: {train: docs.jsonl, validation: docs.jsonl, prefix: "to Korean: ", source: en, target: ko}
+            back: {train: docs.jsonl, prefix: "to English: ", source: ko, target: en}
+          length: 64
+          rows: 2
+        steps: 2
+        out: run
+        device: cpu
+        """
+    )
+    ran = cli("train", "run.yaml", "--json")
+    assert ran.code == 0, ran.err
+    assert "12 documents" in ran.err
+    assert json.loads(ran.out)["evaluation"]["targets"] > 0
+    assert "train: give a file to train on, or tasks" in cli("train", "run.yaml", "data=docs.jsonl", "out=2").err
+    assert "tasks.back.prefiks" in cli("train", "run.yaml", "data.tasks.back.prefiks=x", "out=2").err
+
+
+def test_bits_per_byte_are_the_loss_spread_over_the_text(cli: Callable, here: Path):
+    assert cli("train", "gpt2", *WORDS, "steps=2", "--data", "text.txt", "--out", "one").code == 0
+    ran = cli("evaluate", "one/checkpoints/last", "data.length=64", "--data", "text.txt", "--json")
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out)
+    tokenizer = lathe.load("one/checkpoints/last").tokenizer
+    assert tokenizer is not None
+    tokens = sum(len(tokenizer.encode(text, add_special_tokens=False)) + 1 for text in TEXT)  # and the end mark
+    n_bytes = sum(len(text.encode()) for text in TEXT)
+    assert found["bytes"] == n_bytes
+    assert found["bits_per_byte"] == pytest.approx(found["loss"] * tokens / math.log(2) / n_bytes)
+    assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+    assert "give --data FILE" in cli("evaluate", "one/checkpoints/last").err
+
+
 BAD = {
     "an unknown key": (["stepz=3"], "unknown key 'stepz'"),
     "an unknown nested key": (["optimizer.rate=3"], "unknown field 'optimizer.rate'"),
@@ -106,7 +179,7 @@ BAD = {
     "another shape's objective": (["objective=masked"], "the objective masked"),
     "an unknown setting of the objective": (["objective.share=0.2"], "share"),
     "no budget": (["steps=none"], "the run has no end"),
-    "an empty file": (["data.train=empty.txt"], "is empty"),
+    "an empty file": (["data.train=empty.txt"], "holds no record"),
     "a missing file": (["data.train=nowhere.txt"], "nowhere.txt"),
     "rows longer than the positions": (["data.length=512"], "positions"),
     "a tokenizer that does not fit": (["vocab_size=50"], "the tokenizer has"),

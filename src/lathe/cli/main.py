@@ -29,6 +29,7 @@ from lathe.errors import LatheError, RequestError
 VERBS: dict[str, str] = {
     "plan": "lathe.cli.plan",
     "train": "lathe.cli.train",
+    "evaluate": "lathe.cli.evaluate",
     "generate": "lathe.cli.generate",
     "tokenize": "lathe.cli.tokenize",
     "tokenizer": "lathe.cli.tokenizer",

@@ -65,7 +65,7 @@ def _train(tree: Any, words: dict[str, Any], resume: bool, as_json: bool) -> Non
     from lathe.train.request import read_request
 
     request = read_request(tree, words)
-    say(f"reading {request.data.train}")
+    say(f"reading {request.data.train or ', '.join(request.data.tasks)}")
     job = open_job(request)
     say(f"{_about(job)}; the run is kept in {request.folder}")
     total = request.steps or _PARTS

@@ -9,6 +9,7 @@ from a directory or the hub. New weights take their vocabulary and special token
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,14 +23,16 @@ from lathe.data.tokenise import special_tokens
 from lathe.errors import RequestError
 from lathe.model.transformer import Transformer
 from lathe.objectives.base import Objective
-from lathe.objectives.by_name import objective
-from lathe.presets import names, preset
+from lathe.objectives.by_name import OBJECTIVES, objective
+from lathe.presets import heads, names, preset
 from lathe.text.tokenizer import Tokenizer
 from lathe.train.loop import StepReport, TrainResult
 from lathe.train.machine import pick_device
-from lathe.train.reading import corpus
+from lathe.train.reading import training_corpus, validation_corpus
 from lathe.train.request import RunSettings
 from lathe.train.run import fit
+
+log = logging.getLogger("lathe")
 
 _HEAD = "head"
 
@@ -92,7 +95,7 @@ def open_job(request: RunSettings) -> Job:
     made = make_objective(subject, request.objective)
     data = request.data
     batches = Batches(
-        corpus(data.train, subject.tokenizer, made),
+        training_corpus(data, subject.tokenizer, made),
         made,
         length=data.length,
         target_length=data.target_length,
@@ -101,10 +104,9 @@ def open_job(request: RunSettings) -> Job:
     )
     batches.fit(subject.model.architecture)
     held_out = None
-    if data.validation is not None:
-        fixed = Batches(
-            corpus(data.validation, subject.tokenizer, made), made, length=data.length, rows=data.rows, seed=data.seed
-        )
+    text = validation_corpus(data, subject.tokenizer, made)
+    if text is not None:
+        fixed = Batches(text, made, length=data.length, rows=data.rows, seed=data.seed)
         held_out = fixed.one_pass(data.validation_batches)
     return Job(request, subject, batches, held_out)
 
@@ -112,6 +114,9 @@ def open_job(request: RunSettings) -> Job:
 def make_objective(subject: Subject, asked: Mapping[str, Any]) -> Objective:
     """The objective that a request names, for this model and its tokenizer."""
     settings = {key: value for key, value in asked.items() if key != "name"}
+    kind, classifier = OBJECTIVES.get(asked["name"]), subject.model.architecture.head.classifier
+    if kind is not None and "n_labels" in kind.field_names() and classifier is not None:
+        settings.setdefault("n_labels", classifier.n_labels)
     made = objective(asked["name"], special_tokens(subject.tokenizer, subject.model.architecture), **settings)
     made.fit(subject.model.architecture)
     return made
@@ -128,12 +133,7 @@ def open_subject(
     where = pick_device(device)
     new = _architecture(model, changes.get(_HEAD))
     if new is None:
-        if changes:
-            key, value = next(iter(changes.items()))
-            raise RequestError(
-                f"{key}={value}: {model} has trained weights of its own sizes; train a preset with these sizes"
-            )
-        return _trained(model, tokenizer, where)
+        return _trained(model, tokenizer, changes, seed, where)
     if tokenizer is None:
         raise RequestError(
             f"{model} has no tokenizer of its own: give tokenizer=DIRECTORY "
@@ -145,15 +145,44 @@ def open_subject(
     return Subject(Transformer(architecture, seed=seed).to(where), text)
 
 
-def _trained(model: str, tokenizer: str | None, where: Any) -> Subject:
+def _trained(model: str, tokenizer: str | None, changes: Mapping[str, Any], seed: int, where: Any) -> Subject:
+    """Trained weights; under another head they stay, and what only that head has is new."""
     checkpoint = open_checkpoint(model)
-    built = Transformer(checkpoint.architecture, seed=None)
     parameters = checkpoint.parameters
-    built.load_state_dict({name: parameters.tensor(name) for name in parameters.names()})
+    architecture = _with_head(checkpoint.architecture, model, changes)
+    weights = {name: parameters.tensor(name) for name in parameters.names()}
+    built = Transformer(architecture, seed=seed)
+    own = built.state_dict()
+    kept = {name: tensor for name, tensor in weights.items() if name in own}
+    fresh = [name for name in own if name not in kept]
+    if fresh:
+        log.warning("these parameters are new, and drawn from seed %d: %s", seed, ", ".join(fresh))
+    built.load_state_dict({**own, **kept})
     place = Path(tokenizer) if tokenizer is not None else checkpoint.directory
     if place is None or not Tokenizer.is_in(place):
         raise RequestError(f"{place or model} holds no tokenizer: give tokenizer=DIRECTORY")
-    return Subject(built.to(where), Tokenizer.load(place), checkpoint.generation, checkpoint.config)
+    config = checkpoint.config if architecture is checkpoint.architecture else {}
+    return Subject(built.to(where), Tokenizer.load(place), checkpoint.generation, config)
+
+
+def _with_head(architecture: Architecture, model: str, changes: Mapping[str, Any]) -> Architecture:
+    """The architecture with the head of that name, as the presets of its family have it."""
+    allowed = {_HEAD, "n_labels", "head.classifier.n_labels"} if _HEAD in changes else set()
+    for key, value in changes.items():
+        if key not in allowed:
+            raise RequestError(
+                f"{key}={value}: {model} has trained weights of its own sizes; train a preset with these sizes"
+            )
+    if not changes:
+        return architecture
+    wanted = changes[_HEAD]
+    family = [name for name in names() if preset(name).family == architecture.family]
+    like = next((name for name in family if wanted in heads(name)), None)
+    if like is None:
+        known = sorted({head for name in family for head in heads(name)})
+        raise RequestError(f"head={wanted}: {model} can have the heads {', '.join(known) or 'none'}")
+    rest = {key: value for key, value in changes.items() if key != _HEAD}
+    return architecture.with_({"head": preset(like, wanted).head.to_dict()}).with_(rest)
 
 
 def _architecture(model: str, head: Any) -> Architecture | None:

@@ -1,23 +1,75 @@
-"""The data that a request names, as the token ids that its objective reads."""
+"""The data that a request names, as the token ids that its objective reads.
+
+An objective says which fields it reads; `fields` says which columns of the file these are, where the names differ.
+Several tasks of a sequence-to-sequence model are a table: each has its files, its columns and the words that are
+set before its source.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from itertools import chain
 
+from lathe.data.cache import cached
 from lathe.data.corpus import Corpus
-from lathe.data.tokenise import tokenise
+from lathe.data.sources import read
+from lathe.data.tasks import Task, pairs
+from lathe.data.tokenise import BREAKS, tokenise_records
 from lathe.errors import RequestError
 from lathe.objectives.base import Objective
-from lathe.text.corpus import read_lines
 from lathe.text.tokenizer import Tokenizer
+from lathe.train.request import DataSettings, TaskSettings
+
+Record = Mapping[str, str]
 
 
-def corpus(file: str, tokenizer: Tokenizer, made: Objective) -> Corpus:
-    """The documents of a file, one a line.
+def training_corpus(data: DataSettings, tokenizer: Tokenizer, made: Objective) -> Corpus:
+    """The documents to train on.
 
     Raises:
-        RequestError: no such file, nothing in it, or an objective that needs more than text.
+        RequestError: no such file or column, nothing in it, or data that the objective cannot read.
     """
-    if tuple(made.reads) != ("text",):
-        raise RequestError(f"the objective {made.name} reads {', '.join(made.reads)}; {file} holds lines of text")
-    return tokenise(tokenizer, (line.rstrip("\r\n") for line in read_lines(Path(file))))
+    return _corpus(data, tokenizer, made, validation=False)
+
+
+def validation_corpus(data: DataSettings, tokenizer: Tokenizer, made: Objective) -> Corpus | None:
+    """The documents to evaluate on; None where the request names none."""
+    if data.validation is None and not any(task.validation for task in data.tasks_by_name().values()):
+        return None
+    return _corpus(data, tokenizer, made, validation=True)
+
+
+def records(data: DataSettings, made: Objective, *, validation: bool) -> Iterator[Record]:
+    """The records as the objective wants them, from the disk."""
+    tasks = data.tasks_by_name()
+    if tasks:
+        if "source" not in made.reads:
+            raise RequestError(f"data.tasks are for pairs; the objective {made.name} reads {', '.join(made.reads)}")
+        return chain.from_iterable(_pairs(task, data.format, validation) for task in tasks.values())
+    file = data.validation if validation else data.train
+    assert file is not None
+    wanted = {name: data.fields.get(name, name) for name in made.reads if name != BREAKS}
+    unread = [name for name in data.fields if name not in wanted]
+    if unread:
+        raise RequestError(
+            f"data.fields.{unread[0]}: the objective {made.name} does not read it; it reads {', '.join(wanted)}"
+        )
+    return read(file, fields=wanted, format=data.format)
+
+
+def _pairs(task: TaskSettings, format: str | None, validation: bool) -> Iterable[Record]:
+    file = task.validation if validation else task.train
+    if file is None:
+        return ()
+    fields = {task.source: task.source, task.target: task.target}
+    return pairs(read(file, fields=fields, format=format), Task(task.prefix, task.source, task.target))
+
+
+def _corpus(data: DataSettings, tokenizer: Tokenizer, made: Objective, *, validation: bool) -> Corpus:
+    breaks = data.breaks if BREAKS in made.reads else None
+    labels = data.labels.split(",") if data.labels is not None else None
+    source = partial(records, data, made, validation=validation)
+    if data.cache is None:
+        return tokenise_records(tokenizer, source(), breaks=breaks, labels=labels)
+    return cached(data.cache, tokenizer, source, breaks=breaks, labels=labels)

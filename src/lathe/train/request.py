@@ -15,7 +15,7 @@ An unknown key is refused with the keys there are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,44 @@ from lathe.train.settings import SaveSettings, TrainSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSettings(Spec):
-    """Which text, and how it is laid into batches."""
+class TaskSettings(Spec):
+    """One task of several: its files, its columns, and the words set before its source."""
 
     train: str
     validation: str | None = None
+    prefix: str = ""
+    source: str = "source"
+    target: str = "target"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(Spec):
+    """Which data, and how it is laid into batches."""
+
+    train: str | None = None  # a file, or a name for the library datasets
+    validation: str | None = None
+    fields: dict = field(default_factory=dict)  # type: ignore[type-arg]  # what the objective reads -> the column
+    tasks: dict = field(default_factory=dict)  # type: ignore[type-arg]  # a name -> TaskSettings; in place of train
+    format: str | None = None  # of the files; by their names
+    breaks: str = choice("line", "paragraph", "sentence", default="sentence")  # for objectives that order sentences
+    labels: str | None = None  # names of the classes in their order, with commas; none: they are numbers
+    cache: str | None = "~/.cache/lathe"  # where token ids are kept; none: in memory
     length: int = size(2**24, least=8, default=128)  # positions of a row
     target_length: int | None = size(2**24, default=None)  # of the decoder's row; what the data needs
     rows: int = size(2**20, default=16)  # in a batch
     validation_batches: int | None = size(2**30, default=32)  # none: all of it
     seed: int = size(2**32 - 1, least=0, default=0)  # of the order and of what the objective draws
+
+    def check(self) -> None:
+        if bool(self.tasks) == bool(self.train):
+            raise RequestError("train: give a file to train on, or tasks, and not both")
+        if self.tasks and (self.validation or self.fields):
+            raise RequestError("tasks: each has its own validation and columns; leave validation and fields out")
+        self.tasks_by_name()
+
+    def tasks_by_name(self) -> dict[str, TaskSettings]:
+        """The tasks as records."""
+        return {name: TaskSettings.from_dict(values, f"tasks.{name}") for name, values in self.tasks.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +99,18 @@ class RunSettings(TrainSettings):
         return TrainSettings(**values)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings(Spec):
+    """What `lathe evaluate` is asked; `data.train` is the data that is evaluated on."""
+
+    model: str
+    data: DataSettings
+    objective: dict = field(default_factory=dict)  # type: ignore[type-arg]  # left out: what the model's head says
+    tokenizer: str | None = None
+    device: str = "auto"
+    precision: str = choice("fp32", "bf16", default="fp32")
+
+
 def read_request(tree: Mapping[str, Any], words: Mapping[str, Any]) -> RunSettings:
     """The record that a file's tree and the command line's `key=value` words ask for; the words win.
 
@@ -84,10 +124,12 @@ def read_request(tree: Mapping[str, Any], words: Mapping[str, Any]) -> RunSettin
     """
     if not isinstance(tree, Mapping):
         raise RequestError("the run file holds no keys; expected model, data, objective and a budget")
-    merged: dict[str, Any] = {}
-    for key, value in [*_leaves(tree, ""), *words.items()]:
-        _assign(merged, _full(str(key)), value)
-    return RunSettings.from_dict(merged)
+    return RunSettings.from_dict(_merged([*_leaves(tree, ""), *words.items()], RunSettings))
+
+
+def read_evaluation(words: Mapping[str, Any]) -> EvaluationSettings:
+    """The record of an evaluation that `key=value` words ask for; `data=FILE` is short for `data.train`."""
+    return EvaluationSettings.from_dict(_merged(words.items(), EvaluationSettings))
 
 
 _SHORT = {"objective": "objective.name", "data": "data.train"}
@@ -104,16 +146,24 @@ def _leaves(tree: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any]]:
             yield place, value
 
 
-def _full(key: str) -> str:
+def _merged(pairs: Iterable[tuple[str, Any]], kind: type[Spec]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for key, value in pairs:
+        _assign(merged, _full(str(key), kind), value)
+    return merged
+
+
+def _full(key: str, kind: type[Spec]) -> str:
     """The key where it stands in the record."""
     if key in _SHORT:
         return _SHORT[key]
-    first = key.split(".")[0]
-    if first in RunSettings.field_names():
+    first, has_sizes = key.split(".")[0], _TABLE in kind.field_names()
+    if first in kind.field_names():
         return key
-    if first in {*Architecture.field_names(), *ALIASES}:
+    if has_sizes and first in {*Architecture.field_names(), *ALIASES}:
         return f"{_TABLE}.{key}"
-    raise RequestError(unknown("key", key, RunSettings.field_names()) + "; sizes of the architecture are keys, too")
+    more = "; sizes of the architecture are keys, too" if has_sizes else ""
+    raise RequestError(unknown("key", key, kind.field_names()) + more)
 
 
 def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
