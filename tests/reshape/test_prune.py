@@ -107,6 +107,21 @@ def test_query_heads_are_ranked_within_their_group():
     assert [head // 3 for head in where] == [0, 0, 1, 1]
 
 
+def test_equal_key_value_heads_are_merged_without_loss():
+    single = gpt_like(n_heads=6, n_kv_heads=2, family=None)
+    model = build(single)
+    apart = resize(model, {"n_kv_heads": 6})  # three copies of each
+    many = rebuilt(State(apart.architecture, apart.tensors))
+    done = resize(many, {"n_kv_heads": 2})
+    assert not done.steps[0].exact
+    torch.testing.assert_close(states(rebuilt(State(done.architecture, done.tensors))), states(model))
+    fewer = resize(many, {"n_heads": 4, "n_kv_heads": 2}, calibrate=[text(single)])
+    assert [step.name.split()[0] for step in fewer.steps] == ["merge", "prune"]
+    more = resize(many, {"n_heads": 8, "n_kv_heads": 2})
+    assert [step.name.split()[0] for step in more.steps] == ["merge", "add"]
+    torch.testing.assert_close(states(rebuilt(State(more.architecture, more.tensors))), states(model))
+
+
 @given(architectures(max_layers=3), st.integers(1, 2))
 @few
 def test_layers_that_do_nothing_go_first(drawn, more):
@@ -207,7 +222,9 @@ def test_bad_requests_are_one_line():
         (gpt_like(), {"d_ff": 20}, [], "calibration text is empty"),
         (gpt_like(), {"n_layers": 1}, [], "calibration text is empty"),
         (gpt_like(), {"d_ff": 20}, [text(gpt_like(), rows=1, length=9)], "has 9 tokens, and fitting 20 channels"),
-        (grouped, {"n_kv_heads": 1}, [text(grouped)], "choose n_heads=2 or fewer"),
+        (gpt_like(n_heads=6, family=None), {"n_kv_heads": 2, "n_heads": 2}, [], "calibration text is empty"),
+        (gpt_like(n_heads=6, n_kv_heads=3, family=None), {"n_kv_heads": 2}, [], "choose 1"),
+        (grouped, {"n_heads": 3, "n_kv_heads": 3}, [text(grouped)], "while query heads go; choose 2 or fewer"),
         (gpt_like(), {"n_layers": 0}, [], "n_layers=0: expected a whole number"),
     ):
         with pytest.raises(RequestError) as raised:

@@ -2,7 +2,9 @@
 
 Importance (Minitron, Muralidharan et al. 2024, §3.1) is measured on text. A neuron's or a head channel's is
 √Σ_batch (mean over positions |a|)² at the input of the output matrix that reads it. Query heads are ranked within
-their key-value group, so that groups stay equally large; key-value heads go with their whole group. A stack with
+their key-value group, so that groups stay equally large; key-value heads go with their whole group. Where more query
+heads than before are to share a key-value head, the heads that become one are averaged (GQA, Ainslie et al. 2023,
+§2.1), and training has to repair it. A stack with
 relative positions has one bias for all of its layers, so all drop the same heads. A layer's importance is
 1 − cos(stream before, stream after).
 
@@ -14,8 +16,8 @@ the bias takes the rest. Where nothing goes, nothing changes. Shared layers are 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ from lathe.errors import RequestError
 from lathe.model.transformer import Transformer
 from lathe.reshape.calibrate import Batch, listening, token_rows
 from lathe.reshape.grow_heads import prefixes
-from lathe.reshape.operation import Operation, measured
+from lathe.reshape.operation import Operation, measured, plain
 from lathe.reshape.state import State, Step
 
 _RIDGE = 1e-4
@@ -86,7 +88,7 @@ def activities(model: Transformer, batches: Iterable[Batch], writers: list[str])
     return gathered
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Refit:
     """A writer that reads fewer channels.
 
@@ -190,28 +192,48 @@ def prune_feed_forward(
 
 
 def plan_heads(done: Architecture, target: Architecture) -> list[Operation]:
-    """An operation for each stack that loses heads."""
+    """Operations for each stack that loses heads: query heads come to share keys first, then heads go."""
     operations = []
     for name, stack in done.stacks:
         old, new = stack.attention, dict(target.stacks)[name].attention
-        if new.n_heads >= old.n_heads and new.kv_heads >= old.kv_heads:
-            continue
-        _require_smaller_groups(old, new, name)
-        run = measured(prune_heads, name, new.n_heads, new.kv_heads)
-        changes = {f"{name}.attention.n_heads": new.n_heads, f"{name}.attention.n_kv_heads": new.n_kv_heads}
-        operations.append(Operation(changes, run))
+        if new.kv_heads < old.kv_heads and new.n_heads // new.kv_heads > old.n_heads // old.kv_heads:
+            _require_whole_groups(old, new, name)
+            sizes = {f"{name}.attention.n_kv_heads": new.kv_heads}
+            operations.append(Operation(sizes, plain(merge_keys, name, new.kv_heads)))
+            old = dataclasses.replace(old, n_kv_heads=new.kv_heads)
+        if new.n_heads < old.n_heads or new.kv_heads < old.kv_heads:
+            if new.kv_heads > old.kv_heads:
+                raise RequestError(
+                    f"{name}.n_kv_heads={new.kv_heads}: more than the {old.kv_heads} there are, while query heads go; "
+                    f"choose {old.kv_heads} or fewer"
+                )
+            sizes = {f"{name}.attention.n_heads": new.n_heads, f"{name}.attention.n_kv_heads": new.kv_heads}
+            operations.append(Operation(sizes, measured(prune_heads, name, new.n_heads, new.kv_heads)))
     return operations
 
 
-def _require_smaller_groups(old: Attention, new: Attention, name: str) -> None:
-    per_group, wanted = old.n_heads // old.kv_heads, new.n_heads // new.kv_heads
-    if wanted <= per_group and new.kv_heads <= old.kv_heads:
-        return
-    most = min(new.kv_heads, old.kv_heads) * per_group
-    raise RequestError(
-        f"{name}.n_heads={new.n_heads} with n_kv_heads={new.kv_heads}: from {old.n_heads} and {old.kv_heads}, heads go "
-        f"only where neither the groups nor the heads in a group become more; choose n_heads={most} or fewer"
-    )
+def _require_whole_groups(old: Attention, new: Attention, name: str) -> None:
+    if old.kv_heads % new.kv_heads:
+        divisors = [str(n) for n in range(1, old.kv_heads) if old.kv_heads % n == 0]
+        raise RequestError(
+            f"{name}.n_kv_heads={new.kv_heads}: {old.kv_heads} key-value heads cannot be merged into groups of one "
+            f"size; choose {' or '.join(divisors)}"
+        )
+
+
+def merge_keys(state: State, stack_name: str, n_kv_heads: int) -> tuple[State, Step]:
+    """A stack whose query heads share fewer key-value heads, each the mean of those it replaces (GQA, §2.1)."""
+    stack = dict(state.architecture.stacks)[stack_name]
+    spec = stack.attention
+    changed: dict[str, Tensor] = {}
+    for layer in prefixes(stack_name, stack):
+        for name in (f"{layer}.{letter}.{leaf}" for letter in "kv" for leaf in ("weight", "bias")):
+            if name in state.tensors:
+                heads = state.wide(name).unflatten(0, (n_kv_heads, -1, spec.d_head))
+                changed[name] = heads.mean(1).flatten(0, 1)
+    name = f"merge {stack_name} key-value heads {spec.kv_heads} → {n_kv_heads}"
+    sizes = {f"{stack_name}.attention.n_kv_heads": n_kv_heads}
+    return state.with_(changed, sizes), Step(name, n_kv_heads == spec.kv_heads, {})
 
 
 def prune_heads(
