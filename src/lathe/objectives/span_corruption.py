@@ -53,9 +53,7 @@ class SpanCorruption(TextObjective):
 
     def dropped(self, lengths: IntArray) -> tuple[IntArray, IntArray]:
         """How many tokens and how many spans a text of each length loses."""
-        tokens = np.clip(np.round(lengths * self.rate), 1, np.maximum(lengths - 1, 1)).astype(np.int64)
-        spans = np.maximum(np.round(tokens / self.mean_span), 1).astype(np.int64)
-        return tokens, np.minimum(spans, np.maximum(lengths - tokens, 1))
+        return _dropped(lengths, self.rate, self.mean_span)
 
     def widths(self, lengths: IntArray) -> tuple[IntArray, IntArray]:
         """Kept tokens, sentinels and the end; dropped tokens, sentinels and the end."""
@@ -75,7 +73,7 @@ class SpanCorruption(TextObjective):
     def sample(self, record: Record, rng: np.random.Generator) -> Sample:
         """The text without its spans, and the spans."""
         text = record["text"]
-        tokens, spans = _dropped(self, len(text))
+        tokens, spans = _dropped_of_one(len(text), self.rate, self.mean_span)
         kept = random_parts(len(text) - tokens + 2, spans + 1, rng)
         kept[[0, -1]] -= 1  # the first and the last kept part may be empty, those between two spans not
         parts = np.empty(2 * spans + 1, dtype=np.int64)
@@ -92,9 +90,16 @@ class SpanCorruption(TextObjective):
         return Sample(np.append(inputs, eos), np.append(labels, eos))
 
 
+def _dropped(lengths: IntArray, rate: float, mean_span: float) -> tuple[IntArray, IntArray]:
+    tokens = np.clip(np.round(lengths * rate), 1, np.maximum(lengths - 1, 1)).astype(np.int64)
+    spans = np.maximum(np.round(tokens / mean_span), 1).astype(np.int64)
+    return tokens, np.minimum(spans, np.maximum(lengths - tokens, 1))
+
+
+# Keyed by the numbers and not by the objective, whose hash is that of its tokenizer's whole vocabulary.
 @functools.lru_cache(maxsize=4096)
-def _dropped(objective: SpanCorruption, length: int) -> tuple[int, int]:
-    tokens, spans = objective.dropped(np.array([length]))
+def _dropped_of_one(length: int, rate: float, mean_span: float) -> tuple[int, int]:
+    tokens, spans = _dropped(np.array([length]), rate, mean_span)
     return int(tokens[0]), int(spans[0])
 
 
