@@ -12,7 +12,7 @@ from lathe.architecture import Architecture
 from lathe.data import Batch, Batches, Corpus
 from lathe.errors import RequestError
 from lathe.model.transformer import Transformer
-from lathe.objectives import IGNORED, Causal, Masked, Objective, SpanCorruption, SpecialTokens
+from lathe.objectives import IGNORED, Causal, Denoising, Masked, Objective, SpanCorruption, SpecialTokens
 from lathe.presets import preset
 
 VOCAB = 64
@@ -32,6 +32,10 @@ def shapes() -> dict[str, tuple[Architecture, Objective]]:
     return {
         "t5": (preset("t5-small").with_(**SMALL), SpanCorruption(special=SPECIAL)),
         "bert": (preset("bert-base-uncased", head="masked").with_(**SMALL, max_positions=32), Masked(special=SPECIAL)),
+        "bart": (
+            preset("bart-base").with_(TOKENS, **SMALL, max_positions=32),
+            Denoising(special=SPECIAL, permute=False),
+        ),
         "gpt2": (preset("gpt2").with_(TOKENS, **SMALL, max_positions=32), Causal(special=SPECIAL)),
         "llama": (preset("llama-2-7b").with_(TOKENS, **SMALL, n_kv_heads=1), Causal(special=SPECIAL)),
     }
@@ -43,7 +47,7 @@ def same(one: Batch, other: Batch) -> bool:
     )
 
 
-@pytest.mark.parametrize("shape", ["t5", "bert", "gpt2", "llama"])
+@pytest.mark.parametrize("shape", ["t5", "bert", "bart", "gpt2", "llama"])
 def test_a_packed_row_gives_each_document_the_logits_that_it_has_alone(shape: str):
     architecture, objective = shapes()[shape]
     model = Transformer(architecture, seed=0).eval()
