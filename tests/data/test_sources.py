@@ -81,6 +81,8 @@ def test_what_datasets_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, st
         ("a.tsv", b"text\tlabel\n", RequestError, "a.tsv holds no record"),
         ("a.txt", b"fine\nnot \xff\xfe\n", RequestError, r"a.txt, line 2: not UTF-8 \(byte 5 of the line is 0xff\)"),
         ("a.txt.gz", gzip.compress(b"one\n" * 9000)[:-20], LatheError, "a.txt.gz is damaged after line .* ends early"),
+        ("a.txt.gz", gzip.compress(b"\xff"), RequestError, "line 1: not UTF-8 .* the archive may be damaged"),
+        ("a.txt.gz", gzip.compress(b"one\n")[:-8] + bytes(8), LatheError, "a.txt.gz .* damaged .*CRC"),
         ("a.txt.gz", b"one\n", LatheError, "a.txt.gz is no gzip file"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', RequestError, "a.jsonl, line 2: not JSON"),
         ("a.jsonl", b'{"text": "a"}\n["b"]\n', RequestError, "a.jsonl, line 2: a list; expected one JSON object"),

@@ -153,9 +153,10 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 try:
                     line = data.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
+                    damaged = ", or copy it again: the archive may be damaged" if path.suffix.lower() == ".gz" else ""
                     raise RequestError(
                         f"{path}, line {number}: not UTF-8 (byte {error.start + 1} of the line is "
-                        f"0x{data[error.start]:02x}); convert the file to UTF-8"
+                        f"0x{data[error.start]:02x}); convert the file to UTF-8{damaged}"
                     ) from error
                 yield number, line.rstrip("\r\n")
         except (EOFError, zlib.error) as error:
