@@ -16,7 +16,7 @@ from lathe.reshape.state import State
 from tests.reshape.test_width import build, gpt_like, rebuilt, text
 from tests.strategies import architectures
 
-few = settings(max_examples=15, deadline=None)
+few = settings(max_examples=8, deadline=None)
 
 
 def assert_same(new: Transformer, old: Transformer) -> None:

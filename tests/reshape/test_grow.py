@@ -16,7 +16,7 @@ from lathe.reshape.state import State
 from tests.reshape.test_width import build, gpt_like, rebuilt, text
 from tests.strategies import architectures
 
-few = settings(max_examples=15, deadline=None)
+few = settings(max_examples=12, deadline=None)
 
 
 def grown(model: Transformer, **changes: object) -> Transformer:
@@ -100,7 +100,7 @@ def test_more_layers_change_nothing(drawn, more):
 
 
 @given(architectures(max_layers=2), st.sampled_from([1, 3, "double", "triple"]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_a_wider_stream_changes_nothing_or_is_refused(drawn, more):
     times = {"double": 2, "triple": 3}.get(more)
     size = drawn.d_model * times if times else drawn.d_model + more

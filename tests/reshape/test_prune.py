@@ -17,7 +17,7 @@ from lathe.reshape.state import State
 from tests.reshape.test_width import build, gpt_like, rebuilt, text
 from tests.strategies import architectures
 
-few = settings(max_examples=12, deadline=None)
+few = settings(max_examples=10, deadline=None)
 
 
 def states(model: Transformer) -> torch.Tensor:
