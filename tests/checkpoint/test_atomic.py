@@ -312,7 +312,9 @@ def test_a_filesystem_of_one_mebibyte(tmp_path):
 # --- kills ---------------------------------------------------------------------------------------------
 
 HANG = """
-    import sys, time
+    import signal, sys, time
+    # A shell that runs the tests in the background hands them an ignored SIGINT, and a child would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     from lathe.checkpoint import atomic
     with getattr(atomic, sys.argv[2])(sys.argv[1], replace=True) as temporary:
         half = temporary / "config.json" if temporary.is_dir() else temporary
