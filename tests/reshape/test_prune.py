@@ -107,6 +107,15 @@ def test_query_heads_are_ranked_within_their_group():
     assert [head // 3 for head in where] == [0, 0, 1, 1]
 
 
+def test_fewer_heads_go_on_filling_the_width_unless_their_width_is_given():
+    model, batch = build(gpt_like(d_head=16)), text(gpt_like())
+    filling = resize(model, {"n_heads": 1}, calibrate=[batch])
+    assert [step.exact for step in filling.steps] == [False, True]
+    assert dict(filling.architecture.stacks)["decoder"].attention.d_head == 32
+    narrow = resize(model, {"n_heads": 1, "d_head": 16}, calibrate=[batch])
+    assert dict(narrow.architecture.stacks)["decoder"].attention.d_head == 16
+
+
 def test_equal_key_value_heads_are_merged_without_loss():
     single = gpt_like(n_heads=6, n_kv_heads=2, family=None)
     model = build(single)

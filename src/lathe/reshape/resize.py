@@ -81,10 +81,12 @@ def with_followers(source: Architecture, changes: Mapping[str, Any]) -> dict[str
     target = source.with_(out)
     if not objections(target):
         return out
+    given = {path for change in changes for path in source.paths(change)}
     for name, stack in source.stacks:
         new = dict(target.stacks)[name].attention
         filled = stack.attention.d_q == source.d_model
-        if not filled or new.d_q == target.d_model or new.d_head != stack.attention.d_head:
+        is_given = not given.isdisjoint({f"{name}.attention.d_head", f"{name}.attention", name})
+        if not filled or new.d_q == target.d_model or is_given:
             continue
         if stack.positions.kind == "rotary":
             continue
