@@ -184,3 +184,24 @@ def test_a_spike_stops_the_run_unless_it_is_allowed(shape: Callable, batches: Ca
 def test_a_model_that_does_not_fit_the_data_is_refused(shape: Callable, batches: Callable):
     with pytest.raises(RequestError, match="trains a model with decoder"):
         train(Transformer(shape("t5")[0], seed=0), batches("gpt2"), TrainSettings(steps=1))
+
+
+def test_compiled_layers_compute_the_same_and_are_put_back(
+    shape: Callable, batches: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    import torch._dynamo
+
+    # The layers take the compiler's way in and out; its code generator, which takes a minute, is left out.
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)
+    model = Transformer(shape("gpt2")[0], seed=0)
+    entered: set[str] = set()
+
+    def loss(model: Transformer, batch: Batch) -> tuple[torch.Tensor, int]:
+        entered.update(type(m).__name__ for m in model.modules() if m._compiled_call_impl is not None)
+        return objective_loss(model, batch)
+
+    compiled = train(model, batches("gpt2"), TrainSettings(steps=2, compile=True), loss_fn=loss).losses
+    assert entered == {"AttentionLayer", "FeedForwardLayer"}
+    assert all(m._compiled_call_impl is None for m in model.modules())
+    plain = Transformer(shape("gpt2")[0], seed=0)
+    assert compiled == train(plain, batches("gpt2"), TrainSettings(steps=2)).losses

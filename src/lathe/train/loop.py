@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lathe.data.batch import Batch
 from lathe.errors import RequestError
 from lathe.model.attention import AttentionLayer
+from lathe.model.feed_forward import FeedForwardLayer
 from lathe.model.transformer import Transformer
 from lathe.train.evaluate import Evaluation, evaluate
 from lathe.train.health import Health
@@ -210,16 +211,21 @@ def training(model: Transformer, settings: TrainSettings) -> Iterator[None]:
     checkpointing = [stack.checkpointing for stack in stacks]
     dropouts = dropout_of(model)
     devices = [model.device] if model.device.type == "cuda" else []
+    compiled = [m for m in model.modules() if settings.compile and isinstance(m, AttentionLayer | FeedForwardLayer)]
     with torch.random.fork_rng(devices=devices):
         model.train()
         if settings.checkpointing:
             model.set_checkpointing(True)
         if settings.dropout is not None:
             set_dropout(dict.fromkeys(dropouts, settings.dropout))
+        for module in compiled:
+            module.compile()
         try:
             yield
         finally:
             model.train(was_training)
+            for module in compiled:
+                module._compiled_call_impl = None  # what `Module.compile` sets, and nothing else undoes
             for stack, was in zip(stacks, checkpointing):
                 stack.checkpointing = was
             set_dropout(dropouts)
