@@ -38,8 +38,8 @@ class Story:
     length: int = 128
     rows: int = 24
     lr: float = 5e-3
-    steps: int = 700
-    heal_steps: int = 100
+    steps: int = 550
+    heal_steps: int = 80
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
 
     def architecture(self, vocab_size: int, tokens: Mapping[str, Any]) -> Architecture:
