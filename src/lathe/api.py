@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
+from lathe.adapt import adapter_names, folded_tensors
 from lathe.architecture import Architecture
 from lathe.blueprint import stored
 from lathe.checkpoint.load import Checkpoint, open_checkpoint
@@ -102,14 +103,15 @@ class Model(Transformer):
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every stored parameter by the blueprint's name, detached."""
-        return {name: tensor.detach() for name, tensor in self.state_dict().items()}
+        """Every stored parameter by the blueprint's name, detached; an active adapter is folded in (`lathe.adapt`)."""
+        return folded_tensors(self)
 
     def save(self, path: str | Path, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES, replace: bool = False) -> Saved:
         """Write the model, its tokenizer and its generation settings to a directory.
 
         Stock `transformers` opens it where the architecture's family can hold it; otherwise it is Lathe's own
-        form, and a warning names the reasons.
+        form, and a warning names the reasons. An active adapter is folded in, so that what is opened computes what
+        this model computes; `lathe.adapt.save_adapter` writes the adapter alone.
 
         Args:
             path: must not exist, unless `replace`.
@@ -240,7 +242,10 @@ def resize(
     """
     from lathe.reshape import resize as reshape
 
-    done = reshape(model, changes, calibrate=[_as_batch(model, each) for each in calibrate], method=method)
+    source = model
+    if adapter_names(model):  # what the model computes now, in weights of its own axes
+        source = Model(model.architecture, model.tensors()).train(model.training)
+    done = reshape(source, changes, calibrate=[_as_batch(model, each) for each in calibrate], method=method)
     log.info("resized: %s", "; ".join(step.name for step in done.steps))
     resized = Model(
         done.architecture,

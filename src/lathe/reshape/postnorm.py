@@ -69,7 +69,7 @@ def rotate_post_norm(state: State, batches: Sequence[Batch], width: int) -> tupl
 def _loudest(rows_NE: Tensor, width: int) -> Tensor:
     """Old channels × new ones without a mean of their own: the directions in which rows vary most."""
     centred = rows_NE - rows_NE.mean(0)
-    directions = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)
+    directions: Tensor = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)
     return directions[:, : width - 1] @ without_mean(width).T
 
 

@@ -1,0 +1,309 @@
+"""An adapter as PEFT's two files, `adapter_config.json` and `adapter_model.safetensors`, in both directions.
+
+PEFT names tensors by the stock model's modules (`base_model.model.encoder.block.0.….q.lora_A.weight`). The
+family's entries say which of our layers a stock module holds. One to one nothing is to be done; a transposed
+module (GPT-2's Conv1D) is no case of its own, because PEFT keeps A as R × I and B as O × R there too.
+
+A fused module (GPT-2's c_attn: q, k and v) has one A and a B of all outputs. Read, it becomes an adapter on each
+layer with its rows of B, and all of them hold the same A, in training too. Written, layers that still have the
+same A become one A and one B again. Where they do not, the block form says the same exactly: the A's stand
+above each other, so the rank is the sum of theirs, and B is block diagonal. A layer without an adapter gets rows of
+zeros, and under DoRA the lengths that its rows have.
+
+A model that no family can hold has no stock modules; its adapters are written under Lathe's own names.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lathe.adapt.adapters import attach, check_new_name, known_adapter, placed
+from lathe.adapt.layer import Adapter, LoraLinear
+from lathe.adapt.peft_config import CONFIG, PeftConfig, read_peft_config, shortest_names
+from lathe.adapt.targets import linear_layers
+from lathe.architecture import Architecture
+from lathe.checkpoint.atomic import atomic_directory
+from lathe.checkpoint.layout import Weights
+from lathe.checkpoint.tensors import TensorSource
+from lathe.errors import RequestError
+from lathe.families import holder
+from lathe.model.transformer import Transformer
+
+log = logging.getLogger("lathe")
+
+WEIGHTS = "adapter_model.safetensors"
+_START = "base_model.model."
+_A, _B, _M = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
+_KEY = re.compile(rf"(?:{re.escape(_START)})?(?P<module>.+)\.(?P<part>{re.escape(_A)}|{re.escape(_B)}|{_M})")
+
+
+@dataclass(frozen=True)
+class StockModule:
+    """A stock linear module and the layers of ours whose outputs it holds, one after another.
+
+    Args:
+        transposed: whether it keeps its weight `in × out`, which PEFT wants to be told.
+    """
+
+    theirs: str
+    ours: tuple[str, ...]
+    transposed: bool = False
+
+
+def stock_modules(architecture: Architecture) -> list[StockModule]:
+    """Every linear module of the stock model; Lathe's own where no family can hold the architecture."""
+    layers, source = linear_layers(architecture), holder(architecture)
+    if source is None:
+        return [StockModule(name, (name,)) for name in layers]
+    found = []
+    for entry in source.entries(architecture):
+        ours = tuple(name.removesuffix(".weight") for name in entry.ours)
+        if all(name.endswith(".weight") for name in entry.ours) and all(name in layers for name in ours):
+            found.append(StockModule(entry.theirs.removesuffix(".weight"), ours, entry.transposed))
+    return found
+
+
+# --- writing -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Written:
+    """One stock module's adapter as it goes to the file."""
+
+    down_RI: Tensor
+    up_OR: Tensor
+    magnitude_O: Tensor | None
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.down_RI.shape[0]
+
+
+def save_adapter(
+    model: Transformer,
+    directory: str | Path,
+    *,
+    name: str = "default",
+    base_model: str | None = None,
+    replace: bool = False,
+) -> Path:
+    """Write one adapter as the files that `peft` and `load_adapter` open.
+
+    Args:
+        directory: must not exist, unless `replace`.
+        base_model: what to name as the base: a directory or a hub id.
+
+    Raises:
+        RequestError: no adapter of that name, or `directory` exists.
+        LatheError: the disk is full; nothing is left behind.
+    """
+    known_adapter(model, name)
+    modules = stock_modules(model.architecture)
+    written = {each.theirs: found for each in modules if (found := _fused(model, each, name)) is not None}
+    first = next(adapter for _, adapter in _adapters(model, modules, name))
+    config = _config(written, first, modules)
+    tensors: dict[str, Tensor] = {}
+    for module, adapter in written.items():
+        parts = ((_A, adapter.down_RI), (_B, adapter.up_OR), (_M, adapter.magnitude_O))
+        tensors |= {f"{_START}{module}.{part}": t.cpu().clone() for part, t in parts if t is not None}
+    text = config.to_dict(base_model_name_or_path=base_model, task_type=_task(model.architecture))
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    with atomic_directory(directory, replace=replace, nbytes=nbytes) as folder:
+        (folder / CONFIG).write_text(json.dumps(text, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    if holder(model.architecture) is None:
+        log.warning(
+            "wrote %s under Lathe's own names: no stock model has this architecture, so peft has no use for it",
+            directory,
+        )
+    return Path(directory)
+
+
+def _adapters(model: Transformer, modules: list[StockModule], name: str) -> Iterator[tuple[str, Adapter]]:
+    for ours in (each for module in modules for each in module.ours):
+        layer = model.get_submodule(ours)
+        if isinstance(layer, LoraLinear) and name in layer.adapters:
+            yield ours, layer.adapter(name)
+
+
+def _fused(model: Transformer, module: StockModule, name: str) -> _Written | None:
+    """The adapter of one stock module, or None where none of its layers has one."""
+    found = dict(_adapters(model, [module], name))
+    if not found:
+        return None
+    parts = list(found.values())
+    # One scale for all: where theirs differ, the difference goes into B.
+    scale = parts[0].scale
+    downs = [adapter.down.detach() for adapter in parts]
+    shared = all(torch.equal(down, downs[0]) for down in downs[1:])
+    rank = downs[0].shape[0] if shared else sum(adapter.rank for adapter in parts)
+    rows, start = [], 0
+    for ours in module.ours:
+        row_OR = downs[0].new_zeros(_base_weight(model, ours).shape[0], rank)
+        if ours in found:
+            adapter = found[ours]
+            up_OR = adapter.up.detach()
+            row_OR[:, start : start + adapter.rank] = up_OR * (adapter.scale / scale)
+            start += 0 if shared else adapter.rank
+        rows.append(row_OR)
+    magnitude_O: Tensor | None = None
+    if parts[0].magnitude is not None:
+        magnitude_O = torch.cat([_lengths(_base_weight(model, ours), found.get(ours)) for ours in module.ours])
+    down_RI = downs[0] if shared else torch.cat(downs)
+    return _Written(down_RI, torch.cat(rows), magnitude_O, scale)
+
+
+def _lengths(weight_OI: Tensor, adapter: Adapter | None) -> Tensor:
+    """The lengths that a layer's rows have under DoRA: trained ones, or those of the base."""
+    if adapter is not None and adapter.magnitude is not None:
+        return adapter.magnitude.detach()
+    wide = torch.promote_types(weight_OI.dtype, torch.float32)
+    lengths_O: Tensor = torch.linalg.vector_norm(weight_OI, dim=1, dtype=wide)
+    return lengths_O
+
+
+def _base_weight(model: Transformer, name: str) -> Tensor:
+    layer = model.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    kept = layer.unmerged if isinstance(layer, LoraLinear) else None
+    return layer.weight.detach() if kept is None else kept
+
+
+def _config(written: dict[str, _Written], first: Adapter, modules: list[StockModule]) -> PeftConfig:
+    def alpha(adapter: _Written) -> float:
+        # Rounded where a float's last digit would spoil a number that somebody typed.
+        exact = adapter.scale * (adapter.rank**0.5 if first.rslora else adapter.rank)
+        return round(exact) if abs(exact - round(exact)) < 1e-9 * exact else exact
+
+    usual_rank, usual_alpha = Counter((a.rank, alpha(a)) for a in written.values()).most_common(1)[0][0]
+    return PeftConfig(
+        r=usual_rank,
+        lora_alpha=usual_alpha,
+        target_modules=shortest_names(written, {each.theirs for each in modules} - set(written)),
+        lora_dropout=first.dropout.p,
+        use_rslora=first.rslora,
+        use_dora=first.magnitude is not None,
+        fan_in_fan_out=all(each.transposed for each in modules if each.theirs in written),
+        rank_pattern={name: a.rank for name, a in written.items() if a.rank != usual_rank},
+        alpha_pattern={name: alpha(a) for name, a in written.items() if alpha(a) != usual_alpha},
+    )
+
+
+def _task(architecture: Architecture) -> str | None:
+    # PEFT's classes for classifiers expect a trained head in the file, so those are written without a task.
+    if architecture.head.language is None or architecture.decoder is None:
+        return None
+    return "CAUSAL_LM" if architecture.encoder is None else "SEQ_2_SEQ_LM"
+
+
+# --- reading -------------------------------------------------------------------------------------------
+
+
+def load_adapter(model: Transformer, directory: str | Path, *, name: str = "default") -> tuple[str, ...]:
+    """Put an adapter that `peft` or `save_adapter` wrote on `model`, in place, and make it the active one.
+
+    It can be trained further; all else gets `requires_grad=False`. Nothing is changed where the files do not fit.
+
+    Args:
+        directory: holds `adapter_config.json` and `adapter_model.safetensors`.
+
+    Returns:
+        The names of the adapted layers.
+
+    Raises:
+        RequestError: files missing or damaged, a setting that Lathe does not have, an adapter of another model
+            (a tensor too many, too few or of another shape), a name in use, a merged model.
+    """
+    check_new_name(model, name)
+    folder = Path(directory)
+    config = read_peft_config(folder)
+    if not (folder / WEIGHTS).is_file():
+        raise RequestError(f"{folder} holds no {WEIGHTS}: expected a directory that peft or save_adapter wrote")
+    adapters: dict[str, Adapter] = {}
+    with TensorSource(Weights((folder / WEIGHTS,), None, None, False)) as source:
+        for module, stored in _by_module(model.architecture, config, source).items():
+            adapters |= _split(model, module, config, stored, source)
+    attach(model, name, adapters)
+    return tuple(adapters)
+
+
+def _by_module(
+    architecture: Architecture, config: PeftConfig, source: TensorSource
+) -> dict[StockModule, dict[str, str]]:
+    """For each adapted module its stored names: of A, of B and of the lengths."""
+    source_family = holder(architecture)
+    prefix = "" if source_family is None else source_family.prefix
+    # Files of a class with another head, or none, carry the prefix or lack it.
+    known = {each.theirs.removeprefix(prefix): each for each in stock_modules(architecture)}
+    found: dict[StockModule, dict[str, str]] = {}
+    stored_as: dict[StockModule, str] = {}
+    for key in source.names():
+        match = _KEY.fullmatch(key)
+        module = known.get(match["module"].removeprefix(prefix)) if match else None
+        if match is None or module is None:
+            raise RequestError(
+                f"the tensor {key!r} belongs to no linear layer of this model; "
+                "expected a LoRA adapter that was made for it"
+            )
+        found.setdefault(module, {})[match["part"]] = key
+        stored_as[module] = match["module"]
+    needed = {_A, _B, _M} if config.use_dora else {_A, _B}
+    for module, stored in found.items():
+        for part in sorted(needed ^ stored.keys()):
+            what = "is missing from the file" if part in needed else f"does not go with use_dora={config.use_dora}"
+            raise RequestError(f"the tensor {stored_as[module]}.{part} {what}; is the file whole?")
+    for module in known.values():
+        if module not in found and config.target_modules != "all-linear" and config.targets(module.theirs):
+            raise RequestError(
+                f"the adapter holds nothing for {module.theirs!r}, which its config targets: "
+                "expected an adapter that was made for this model (is it of another depth?)"
+            )
+    if not found:
+        raise RequestError(f"{WEIGHTS} holds no tensor; expected an adapter's")
+    return found
+
+
+def _split(
+    model: Transformer, module: StockModule, config: PeftConfig, stored: dict[str, str], source: TensorSource
+) -> dict[str, Adapter]:
+    """An adapter for each of our layers that the module holds; all share one A."""
+    layers = [model.get_submodule(ours) for ours in module.ours]
+    linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    if len(linears) != len(layers):
+        raise RequestError(f"the layer {module.ours[0]} is quantised; load the model as it was to adapt it")
+    outputs, rank = [linear.out_features for linear in linears], config.rank(module.theirs)
+    expected = {_A: (rank, linears[0].in_features), _B: (sum(outputs), rank), _M: (sum(outputs),)}
+    for part, key in stored.items():
+        if source.shape(key) != expected[part]:
+            raise RequestError(
+                f"the tensor {key!r} has shape {source.shape(key)} and this model with the adapter's config says "
+                f"{expected[part]}; the two belong to different models"
+            )
+    down_RI = placed(linears[0], source.tensor(stored[_A]).clone())
+    ups = source.tensor(stored[_B]).split(outputs)
+    lengths = source.tensor(stored[_M]).split(outputs) if _M in stored else [None] * len(outputs)
+    return {
+        ours: Adapter(
+            down_RI,
+            placed(linear, up_OR.clone()),
+            scale=config.scale(module.theirs),
+            dropout=config.lora_dropout,
+            rslora=config.use_rslora,
+            magnitude_O=None if magnitude_O is None else placed(linear, magnitude_O.clone()),
+        )
+        for ours, linear, up_OR, magnitude_O in zip(module.ours, linears, ups, lengths)
+    }
+
+
+__all__ = ["load_adapter", "save_adapter", "stock_modules"]

@@ -1,0 +1,152 @@
+"""A linear layer with adapters: W·x + s·B·(A·x), W frozen and B·A of low rank (LoRA, Hu et al. 2021, §4.1).
+
+A is R × I and drawn at random, B is O × R and zero, so an untrained adapter changes nothing. s is alpha / R;
+rsLoRA (Kalajdzievski 2023, §3) takes alpha / √R, which keeps what the update learns independent of R.
+
+DoRA (Liu et al. 2024, §4) splits each row of the matrix into a length and a direction: m · V / ‖V‖ with
+V = W + s·B·A, where the lengths m start at ‖W‖ and are trained too. ‖V‖ counts as a constant in the backward
+pass (§4.3). It costs a product B·A and a norm of an O × I matrix at each forward.
+
+`LoraLinear` is an `nn.Linear`: its weight and bias keep the blueprint's names and are the very tensors of the
+layer that it replaced. It may hold several adapters, of which one or none is active. Merging puts the folded
+matrix in place of W and keeps W itself beside it, so unmerging gives W back bit for bit.
+
+Shape suffixes: O outputs, I inputs, R rank; the leading axes of an input are left to `…`.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Adapter(nn.Module):
+    """One adapter of one layer.
+
+    Args:
+        down_RI: A. Adapters of fused layers (GPT-2's q, k and v) may hold the same one.
+        up_OR: B.
+        scale: s.
+        dropout: the probability with which an input is dropped in training.
+        rslora: whether s is written as alpha / √R; it changes no computation.
+        magnitude_O: m; None for plain LoRA.
+    """
+
+    def __init__(
+        self,
+        down_RI: nn.Parameter,
+        up_OR: nn.Parameter,
+        *,
+        scale: float,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        magnitude_O: nn.Parameter | None = None,
+    ) -> None:
+        super().__init__()
+        self.down, self.up, self.magnitude = down_RI, up_OR, magnitude_O
+        self.scale, self.rslora = scale, rslora
+        self.dropout = nn.Dropout(dropout)
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.down.shape[0]
+
+    def update(self) -> Tensor:
+        """s·B·A, O × I."""
+        return self.scale * (self.up @ self.down)
+
+    def lengths(self, weight_OI: Tensor) -> Tensor:
+        """‖W + s·B·A‖ of each row, O; 1 where a row is zero, so that nothing is divided by zero."""
+        with torch.no_grad():
+            norm_O: Tensor = torch.linalg.vector_norm(weight_OI.to(self.up.dtype) + self.update(), dim=1)
+            return norm_O.masked_fill(norm_O == 0, 1.0)
+
+    def fold(self, weight_OI: Tensor) -> Tensor:
+        """The one matrix that computes what W and the adapter compute, O × I in W's type."""
+        with torch.no_grad():
+            folded_OI = weight_OI.to(self.up.dtype) + self.update()
+            if self.magnitude is not None:
+                folded_OI = folded_OI * (self.magnitude / self.lengths(weight_OI))[:, None]
+            return folded_OI.to(weight_OI.dtype)
+
+    def forward(self, x: Tensor, base: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        """The layer's output with the adapter, … × O, from its input and what it gives without."""
+        added = self.scale * F.linear(F.linear(self.dropout(x.to(self.down.dtype)), self.down), self.up)
+        if self.magnitude is None:
+            return base + added.to(base.dtype)
+        product = base if bias_O is None else base - bias_O
+        scaled = (self.magnitude / self.lengths(weight_OI)) * (product + added)
+        return (scaled if bias_O is None else scaled + bias_O).to(base.dtype)
+
+
+class LoraLinear(nn.Linear):
+    """A linear layer and its adapters, by name.
+
+    `active` is the adapter that runs; a layer without one of that name computes as if it had none.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.adapters = nn.ModuleDict()
+        self.active: str | None = None
+        self.unmerged: Tensor | None
+        self.register_buffer("unmerged", None, persistent=False)  # W, while the folded matrix stands in its place
+
+    @classmethod
+    def around(cls, linear: nn.Linear) -> Self:
+        """The layer with `linear`'s own weight and bias, and no adapter yet."""
+        with torch.device("meta"):
+            layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        layer.weight, layer.bias = linear.weight, linear.bias
+        return layer.train(linear.training)
+
+    def plain(self) -> nn.Linear:
+        """A linear layer with the weight and bias as they now are, and without adapters."""
+        with torch.device("meta"):
+            linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear.train(self.training)
+
+    @property
+    def running(self) -> Adapter | None:
+        """The adapter that `forward` adds, or None."""
+        if self.active is None or self.unmerged is not None or self.active not in self.adapters:
+            return None
+        return self.adapter(self.active)
+
+    def adapter(self, name: str) -> Adapter:
+        """The adapter of that name; KeyError if there is none."""
+        found = self.adapters[name]
+        assert isinstance(found, Adapter)
+        return found
+
+    def forward(self, input: Tensor) -> Tensor:
+        """… × O."""
+        base = super().forward(input)
+        adapter = self.running
+        if adapter is None:
+            return base
+        out: Tensor = adapter(input, base, self.weight, self.bias)
+        return out
+
+    def folded(self) -> Tensor:
+        """The weight that computes what the layer now computes, O × I: W itself where no adapter runs."""
+        adapter = self.running
+        return self.weight.detach() if adapter is None else adapter.fold(self.weight.detach())
+
+    def merge(self) -> None:
+        """Put the folded matrix in place of W; nothing happens where no adapter runs."""
+        if self.running is not None:
+            base_OI = self.weight.detach().clone()
+            self.weight.data.copy_(self.folded())
+            self.unmerged = base_OI
+
+    def unmerge(self) -> None:
+        """Put W back, bit for bit."""
+        if self.unmerged is not None:
+            self.weight.data.copy_(self.unmerged)
+            self.unmerged = None
