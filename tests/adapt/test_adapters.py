@@ -1,0 +1,91 @@
+"""Adapters over random architectures: nothing changes at first, merging is exact, training touches nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lathe
+from lathe.adapt import LoraSettings, add_lora, combine, merge, set_active, unmerge
+from lathe.errors import RequestError
+from lathe.model.transformer import Transformer
+from tests.reshape.test_width import build, text
+from tests.strategies import architectures
+
+few = settings(max_examples=15, deadline=None)
+
+
+def changed(model: Transformer, seed: int) -> None:
+    """Give every trainable parameter (the adapter's) other values."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+
+
+@given(architectures(max_layers=2, language=True), st.sampled_from([{}, {"rslora": True}, {"dora": True}]))
+@few
+def test_a_new_adapter_changes_nothing_and_merging_is_exact(drawn, kind):
+    model, batch = build(drawn), text(drawn)
+    before = model(**batch).logits
+    add_lora(model, LoraSettings(rank=2, targets="reader,writer", **kind))
+    torch.testing.assert_close(model(**batch).logits, before)
+    changed(model, 1)
+    adapted = model(**batch).logits
+    assert not torch.equal(adapted, before)
+    merge(model)
+    torch.testing.assert_close(model(**batch).logits, adapted, rtol=1e-6, atol=1e-8)
+    unmerge(model)
+    torch.testing.assert_close(model(**batch).logits, adapted, rtol=1e-6, atol=1e-8)
+    set_active(model, None)
+    torch.testing.assert_close(model(**batch).logits, before)
+
+
+@given(architectures(max_layers=2, language=True))
+@few
+def test_a_sum_of_adapters_adds_their_updates(drawn):
+    model, batch = build(drawn), text(drawn)
+    for number, name in enumerate("ab"):
+        add_lora(model, LoraSettings(rank=1, targets="reader:ffn"), name=name)
+        changed(model, number)
+    combine(model, {"a": 1.0, "b": 0.0}, name="only-a")
+    alone = model(**batch).logits
+    set_active(model, "a")
+    torch.testing.assert_close(model(**batch).logits, alone, rtol=1e-6, atol=1e-8)
+
+
+def test_training_touches_the_adapter_alone() -> None:
+    tiny = lathe.preset("t5-small").with_(d_model=16, d_ff=24, n_layers=1, n_heads=2, d_head=4, vocab_size=50)
+    model = lathe.Model(tiny, seed=0).train()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    add_lora(model, LoraSettings(rank=2, targets="*.attention.*.q"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        model(torch.tensor([[5, 6, 1]]), labels=torch.tensor([[7, 1]])).loss.backward()
+        optimizer.step()
+    set_active(model, None)
+    after = model.tensors()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rank": 0}, "rank=0"),
+        ({"rank": 64}, "64"),
+        ({"targets": "*.nothing.*"}, "nothing"),
+        ({"targets": "ffn,,heads"}, "expected terms with commas between"),
+        ({"alpha": 0.0}, "alpha=0.0: expected more than 0"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_line(values: dict[str, object], message: str) -> None:
+    tiny = lathe.preset("t5-small").with_(d_model=16, d_ff=24, n_layers=1, n_heads=2, d_head=4, vocab_size=50)
+    model = lathe.Model(tiny, seed=0)
+    with pytest.raises(RequestError) as raised:
+        add_lora(model, LoraSettings.from_dict({"targets": "ffn", **values}))
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
