@@ -11,6 +11,7 @@ import lathe
 from lathe.adapt import LoraSettings, add_lora, combine, merge, set_active, unmerge
 from lathe.errors import RequestError
 from lathe.model.transformer import Transformer
+from lathe.reshape import resize
 from tests.reshape.test_width import build, text
 from tests.strategies import architectures
 
@@ -69,6 +70,17 @@ def test_training_touches_the_adapter_alone() -> None:
     set_active(model, None)
     after = model.tensors()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_reshaping_takes_the_active_adapter_along() -> None:
+    model = build(lathe.preset("gpt2").with_(d_model=24, n_heads=2, d_head=12, d_ff=32, n_layers=1, vocab_size=50))
+    batch = text(model.architecture)
+    add_lora(model, LoraSettings(rank=2, targets="ffn"))
+    changed(model, 1)
+    wider = resize(model, {"d_ff": 40})
+    grown = Transformer(wider.architecture, device="meta")
+    grown.load_state_dict(dict(wider.tensors), assign=True)
+    torch.testing.assert_close(grown.eval()(**batch).logits, model(**batch).logits, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lathe.adapt import adapter_names, folded_tensors
 from lathe.architecture import Architecture
 from lathe.errors import RequestError
 from lathe.families import objections
@@ -60,6 +61,10 @@ def resize(
     """
     if method not in METHODS:
         raise RequestError(f"method={method!r}: expected one of {', '.join(METHODS)}")
+    if adapter_names(model):  # what the model computes now, in weights of its own axes
+        plain = Transformer(model.architecture, device="meta")
+        plain.load_state_dict(folded_tensors(model), assign=True)
+        model = plain.train(model.training)
     source = model.architecture
     target = source.with_(with_followers(source, changes))
     state = State(source, model.state_dict())
