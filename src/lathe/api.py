@@ -245,12 +245,13 @@ def resize(
     source = model
     if adapter_names(model):  # what the model computes now, in weights of its own axes
         source = Model(model.architecture, model.tensors()).train(model.training)
-    done = reshape(source, changes, calibrate=[_as_batch(model, each) for each in calibrate], method=method)
+    batches = [_as_batch(model, each) for each in calibrate]
+    done = reshape(source, changes, calibrate=batches, method=method, tokenizer=model.tokenizer)
     log.info("resized: %s", "; ".join(step.name for step in done.steps))
     resized = Model(
         done.architecture,
         done.tensors,
-        tokenizer=model.tokenizer,
+        tokenizer=done.tokenizer,
         generation=model.generation,
         config=model.config,
         device=model.device,

@@ -16,6 +16,7 @@ from lathe.architecture import Architecture
 from lathe.model.transformer import Transformer
 from lathe.reshape.calibrate import Batch
 from lathe.reshape.state import State, Step
+from lathe.text.tokenizer import Tokenizer
 
 
 @dataclass
@@ -27,12 +28,15 @@ class Context:
         start: its state.
         batches: the calibration text.
         generator: where weights that growth draws come from; seeded, so that a resize can be repeated.
+        tokenizer: the model's, where it has one. An operation that numbers the tokens anew replaces it, and
+            `batches` with it, so that the text stays what it was.
     """
 
     model: Transformer
     start: State
     batches: Sequence[Batch]
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+    tokenizer: Tokenizer | None = None
 
     def current(self, state: State) -> Transformer:
         """A model of the state as it is now, for statistics on the text."""

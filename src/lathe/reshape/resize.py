@@ -10,7 +10,7 @@ family insists on that, they still do, at another `d_head`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,6 +27,7 @@ from lathe.reshape import cut, factorise, grow, grow_heads, grow_width, prune, p
 from lathe.reshape.calibrate import Batch
 from lathe.reshape.operation import Context, Operation, Planner
 from lathe.reshape.state import State, Step
+from lathe.text.tokenizer import Tokenizer
 
 METHODS = ("rotate", "select", "truncate")
 CHANGEABLE = "d_model, d_embed, d_ff, d_head, n_heads, n_kv_heads, n_layers, and tied from true to false"
@@ -34,11 +35,16 @@ CHANGEABLE = "d_model, d_embed, d_ff, d_head, n_heads, n_kv_heads, n_layers, and
 
 @dataclass(frozen=True)
 class Resized:
-    """A reshaped model's architecture and tensors, and what was done to get there."""
+    """A reshaped model's architecture and tensors, its tokenizer, and what was done to get there."""
 
     architecture: Architecture
     tensors: Mapping[str, Tensor]
     steps: tuple[Step, ...]
+    tokenizer: Tokenizer | None = None
+
+
+# Called after each operation with the model as it is then, its tokenizer, and the operation's steps.
+After = Callable[[Transformer, "Tokenizer | None", Sequence[Step]], None]
 
 
 def resize(
@@ -47,6 +53,9 @@ def resize(
     *,
     calibrate: Sequence[Batch] = (),
     method: str = "rotate",
+    seed: int = 0,
+    tokenizer: Tokenizer | None = None,
+    after: After | None = None,
 ) -> Resized:
     """Other sizes for a trained model.
 
@@ -55,6 +64,9 @@ def resize(
         calibrate: batches of keyword arguments of the model, of the kind of text that it is used on;
             what only grows, and `truncate`, need none.
         method: how a width is cut: `rotate`, `select` or `truncate`.
+        seed: of the weights that growth draws.
+        tokenizer: the model's, for what changes the vocabulary.
+        after: called after each operation, to measure what it cost.
 
     Raises:
         RequestError: a change that cannot be made, an unknown method, or no calibration text where it is needed.
@@ -69,11 +81,13 @@ def resize(
     target = source.with_(with_followers(source, changes))
     state = State(source, model.state_dict())
     steps: list[Step] = []
-    context = Context(model, state, calibrate)
+    context = Context(model, state, calibrate, torch.Generator().manual_seed(seed), tokenizer)
     for operation in _operations(source, target, method):
         state, done = operation.run(context, state)
         steps.extend(done)
-    return _finished(state, target, model.dtype, steps)
+        if after is not None:
+            after(context.current(state), context.tokenizer, done)
+    return _finished(state, target, model.dtype, steps, context.tokenizer)
 
 
 def with_followers(source: Architecture, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,11 +154,13 @@ def _operations(source: Architecture, target: Architecture, method: str) -> list
     return operations
 
 
-def _finished(state: State, target: Architecture, dtype: torch.dtype, steps: list[Step]) -> Resized:
+def _finished(
+    state: State, target: Architecture, dtype: torch.dtype, steps: list[Step], tokenizer: Tokenizer | None
+) -> Resized:
     if state.architecture.d_model != target.d_model:
         raise AssertionError(f"reshaping ended at {state.architecture.d_model}, not at {target.d_model}")
     cast = state.cast(dtype)
-    return Resized(cast.architecture, cast.tensors, tuple(steps))
+    return Resized(cast.architecture, cast.tensors, tuple(steps), tokenizer)
 
 
 def _differences(one: Mapping[str, Any], other: Mapping[str, Any], path: str = "") -> list[str]:
