@@ -195,7 +195,7 @@ def test_heads_that_fill_the_width_go_on_filling_it():
 
 
 def test_a_width_that_the_heads_cannot_fill_is_refused():
-    with pytest.raises(RequestError, match=r"choose a multiple of 2, or give decoder\.attention\.n_heads too"):
+    with pytest.raises(RequestError, match=r"choose a multiple of 2 \(\d+ or \d+\), or give decoder\.attention\.n_heads too"):
         resize(build(gpt_like(d_head=16)), {"d_model": 25}, calibrate=[text(gpt_like())])
 
 

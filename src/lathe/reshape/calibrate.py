@@ -77,7 +77,7 @@ def moments(model: Transformer, batches: Iterable[Batch], norms: Iterable[str]) 
             current = batch
             model(**batch)
     if not gathered.tokens:
-        raise RequestError("the calibration text is empty; give calibrate=FILE, text of the kind that the model is used on")
+        raise RequestError("the calibration text is empty; give calibrate=FILE, text such as the model is used on")
     return gathered
 
 

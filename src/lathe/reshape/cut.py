@@ -60,6 +60,7 @@ def _cutting(field: str, group: str, size: int, method: str) -> Run:
         model, batches = context.current(state), context.batches
         norms = norms_of(state.architecture, group)
         seen = moments(model, batches, norms)
+        _require_enough(seen, field, size)
         if method == "select":
             return _kept(state, group, field, _most_active(state, norms, seen, size), method)
         if group == "residual" and any(stack.norm_position == "post" for _, stack in state.architecture.stacks):
@@ -69,6 +70,16 @@ def _cutting(field: str, group: str, size: int, method: str) -> Run:
         return _rotated(model, state, group, field, size, seen, batches)
 
     return run
+
+
+def _require_enough(seen: Moments, field: str, size: int) -> None:
+    """Refuse text with fewer tokens than directions to choose: it cannot tell them apart."""
+    tokens = max(seen.tokens.values())
+    if tokens < size:
+        raise RequestError(
+            f"the calibration text has {tokens} tokens, and {field.removeprefix('embedding.')}={size} needs at least "
+            f"as many; give {10 * size} or more"
+        )
 
 
 def _kept(state: State, group: str, field: str, channels: Tensor, method: str) -> tuple[State, list[Step]]:

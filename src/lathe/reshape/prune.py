@@ -84,7 +84,7 @@ def activities(model: Transformer, batches: Iterable[Batch], writers: list[str])
             current = batch
             model(**batch)
     if not all(each.tokens for each in gathered.values()):
-        raise RequestError("the calibration text is empty; give calibrate=FILE, text of the kind that the model is used on")
+        raise RequestError("the calibration text is empty; give calibrate=FILE, text such as the model is used on")
     return gathered
 
 

@@ -104,5 +104,5 @@ def layer_importance(model: Transformer, batches: Iterable[Batch], stack_name: s
                 total[layer] += (1 - torch.cosine_similarity(wide[layer], wide[layer + 1], dim=-1)).sum()
             tokens += len(wide[0])
     if not tokens:
-        raise RequestError("the calibration text is empty; give calibrate=FILE, text of the kind that the model is used on")
+        raise RequestError("the calibration text is empty; give calibrate=FILE, text such as the model is used on")
     return total / tokens

@@ -31,6 +31,7 @@ from lathe.text.tokenizer import Tokenizer
 
 METHODS = ("rotate", "select", "truncate")
 CHANGEABLE = "d_model, d_embed, d_ff, d_head, n_heads, n_kv_heads, n_layers, and tied from true to false"
+_OWN_FORM = "Lathe's own form can hold it as it is (own_form)"
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def resize(
     method: str = "rotate",
     seed: int = 0,
     tokenizer: Tokenizer | None = None,
+    own_form: bool = False,
     after: After | None = None,
 ) -> Resized:
     """Other sizes for a trained model.
@@ -66,23 +68,21 @@ def resize(
         method: how a width is cut: `rotate`, `select` or `truncate`.
         seed: of the weights that growth draws.
         tokenizer: the model's, for what changes the vocabulary.
+        own_form: the result may be one that its family's files cannot hold.
         after: called after each operation, to measure what it cost.
 
     Raises:
         RequestError: a change that cannot be made, an unknown method, or no calibration text where it is needed.
     """
-    if method not in METHODS:
-        raise RequestError(f"method={method!r}: expected one of {', '.join(METHODS)}")
     if adapter_names(model):  # what the model computes now, in weights of its own axes
         plain = Transformer(model.architecture, device="meta")
         plain.load_state_dict(folded_tensors(model), assign=True)
         model = plain.train(model.training)
-    source = model.architecture
-    target = source.with_(with_followers(source, changes))
-    state = State(source, model.state_dict())
+    target, operations = planned(model.architecture, changes, method=method, own_form=own_form)
+    state = State(model.architecture, model.state_dict())
     steps: list[Step] = []
     context = Context(model, state, calibrate, torch.Generator().manual_seed(seed), tokenizer)
-    for operation in _operations(source, target, method):
+    for operation in operations:
         state, done = operation.run(context, state)
         steps.extend(done)
         if after is not None:
@@ -90,8 +90,25 @@ def resize(
     return _finished(state, target, model.dtype, steps, context.tokenizer)
 
 
-def with_followers(source: Architecture, changes: Mapping[str, Any]) -> dict[str, Any]:
+def planned(
+    source: Architecture, changes: Mapping[str, Any], *, method: str = "rotate", own_form: bool = False
+) -> tuple[Architecture, list[Operation]]:
+    """The architecture that the changes lead to, and the operations on the way; no weights are touched.
+
+    Raises:
+        RequestError: a change that cannot be made, or an unknown method.
+    """
+    if method not in METHODS:
+        raise RequestError(f"method={method!r}: expected one of {', '.join(METHODS)}")
+    target = source.with_(with_followers(source, changes, own_form=own_form))
+    return target, _operations(source, target, method)
+
+
+def with_followers(source: Architecture, changes: Mapping[str, Any], *, own_form: bool = False) -> dict[str, Any]:
     """The changes and what they drag along, where the family could not hold the result without it.
+
+    Args:
+        own_form: where no whole number of channels per head fills the width, leave the heads as they are.
 
     Raises:
         RequestError: where no whole number of channels per head fills the width.
@@ -110,17 +127,26 @@ def with_followers(source: Architecture, changes: Mapping[str, Any]) -> dict[str
         if stack.positions.kind == "rotary":
             continue
         if target.d_model % new.n_heads:
+            if own_form:
+                continue
             if new.n_heads != stack.attention.n_heads:
                 raise RequestError(
                     f"{name}.n_heads={new.n_heads}: the heads have to fill the width of {target.d_model}; choose a "
-                    f"divisor of {target.d_model}, or give d_model too"
+                    f"divisor of {target.d_model}, or give d_model too; {_OWN_FORM}"
                 )
             raise RequestError(
                 f"d_model={target.d_model}: {name} has {new.n_heads} heads that fill the width, and they cannot fill "
-                f"this one; choose a multiple of {new.n_heads}, or give {name}.attention.n_heads too"
+                f"this one; choose {_multiples(target.d_model, new.n_heads)}, or give {name}.attention.n_heads too; "
+                f"{_OWN_FORM}"
             )
         out[f"{name}.attention.d_head"] = target.d_model // new.n_heads
     return out
+
+
+def _multiples(near: int, of: int) -> str:
+    """The multiples of a number on both sides of another."""
+    below, above = near // of * of, near // of * of + of
+    return f"a multiple of {of} ({below} or {above})" if below else f"a multiple of {of}"
 
 
 def _planners(method: str) -> tuple[Planner, ...]:
