@@ -24,6 +24,7 @@ from lathe.errors import RequestError
         ("d_embed=none", "d_embed", None),
         ("d_embed=null", "d_embed", None),
         ("sharing=groups:3", "sharing", "groups:3"),
+        ("data.train=[a.txt, b.jsonl]", "data.train", ["a.txt", "b.jsonl"]),
         ("d_model=abc", "d_model", "abc"),
         ("note=a=b", "note", "a=b"),
         ("scale=nan", "scale", "nan"),

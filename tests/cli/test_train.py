@@ -54,6 +54,20 @@ def test_a_preset_is_trained_and_opens_in_lathe_and_transformers(cli: Callable, 
     torch.testing.assert_close(stock(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-4)
 
 
+def test_several_files_are_one_corpus_and_validation_has_columns_of_its_own(cli: Callable, here: Path):
+    (here / "more.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in TEXT), encoding="utf-8")
+    (here / "held.tsv").write_text("document\tlabel\n" + "\n".join(f"{line}\t1" for line in TEXT), encoding="utf-8")
+    files = ["data.train=[text.txt,more.jsonl]", "data.validation=held.tsv", "data.validation_fields.text=document"]
+    ran = cli("train", "gpt2", *WORDS, "steps=1", *files, "--out", "run", "--json")
+    assert ran.code == 0, ran.err
+    assert f"{2 * len(TEXT)} documents" in ran.err
+    assert json.loads(ran.out)["evaluation"]["loss"] > 0
+    refused = cli("train", "gpt2", *WORDS, "steps=1", "data.train=[text.txt,none.txt]", "--out", "other")
+    assert refused.code == 2
+    assert "none.txt" in refused.err
+    assert not (here / "other").exists()
+
+
 def test_a_run_file_takes_words_and_resumes(cli: Callable, here: Path):
     (here / "run.yaml").write_text(
         """

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 from lathe.errors import RequestError
 
-Setting = int | float | bool | str | None
+Setting = int | float | bool | str | list[str] | None
 
 _FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*")
 _INTEGER = re.compile(r"[+-]?[0-9]+")
@@ -26,8 +26,8 @@ _MAX_DIGITS = 40
 def parse_settings(words: Iterable[str]) -> dict[str, Setting]:
     """Read `field=value` words into a dictionary, in the order given.
 
-    A value that is written as an integer, a decimal, true, false or none becomes that; anything else
-    stays text. RequestError for a word without `=`, a field that is no dotted name, an empty value,
+    A value that is written as an integer, a decimal, true, false or none becomes that, and `[a,b]` a list of words;
+    anything else stays text. RequestError for a word without `=`, a field that is no dotted name, an empty value,
     a number too long or too large to hold, or a field that is set twice.
     """
     settings: dict[str, Setting] = {}
@@ -48,6 +48,8 @@ def parse_settings(words: Iterable[str]) -> dict[str, Setting]:
 def _parse_value(field: str, text: str) -> Setting:
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
+    if text.startswith("[") and text.endswith("]"):
+        return [word.strip() for word in text[1:-1].split(",")]
     if not _DECIMAL.fullmatch(text):
         return text
     if len(text) > _MAX_DIGITS:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 _VOCAB_SIZE = 8000
 # What the report measures is measured on so many lines from the start of the corpus.
 _MEASURED_LINES = 10_000
+# Files that are unpacked, or read record by record; any other name is plain text.
+_RECORDS = (".gz", ".jsonl", ".ndjson", ".tsv", ".csv", ".parquet")
 
 
 def command(
@@ -33,7 +36,12 @@ def command(
             "strip_accents=false, max_lines=200000, seed=0",
         ),
     ] = None,
-    corpus: Annotated[list[Path] | None, typer.Option("--from", help="A UTF-8 text file; may be repeated.")] = None,
+    corpus: Annotated[
+        list[Path] | None, typer.Option("--from", help="A UTF-8 file of text or of records, .gz too; may be repeated.")
+    ] = None,
+    columns: Annotated[
+        list[str] | None, typer.Option("--column", help="Where a file of records has its text; may be repeated.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Train a tokenizer on text files, in the form that a family's own have."""
@@ -42,17 +50,36 @@ def command(
 
     if not corpus:
         raise RequestError("there is no text to train on: give --from FILE, as often as there are files")
-    answer = train(directory, corpus, parse_settings(settings or []))
+    answer = train(directory, Texts(corpus, columns or ["text"]), parse_settings(settings or []))
     if as_json:
         emit_json(answer)
     else:
         _show(answers(), answer)
 
 
-def train(directory: Path, corpus: Sequence[Path], settings: Mapping[str, Any]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Texts:
+    """The text of files: each line of a plain one, the columns of each record of `.jsonl`, `.tsv`, `.gz` and so on."""
+
+    files: Sequence[Path]
+    columns: Sequence[str] = ("text",)
+
+    def __iter__(self) -> Iterator[str | Path]:
+        from lathe.data.sources import read
+
+        for file in self.files:
+            if file.suffix.lower() in _RECORDS:
+                for record in read(file, fields={column: column for column in self.columns}):
+                    yield from record.values()
+            else:
+                yield file
+
+
+def train(directory: Path, corpus: Texts, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Train and save a tokenizer; nothing is written if anything goes wrong.
 
     Args:
+        corpus: the text to train on; it is read twice.
         settings: arguments of `lathe.text.train_tokenizer`.
 
     Returns:
@@ -67,7 +94,7 @@ def train(directory: Path, corpus: Sequence[Path], settings: Mapping[str, Any]) 
             raise RequestError(f"a tokenizer has no {name}: expected one of {', '.join(known)}")
     # The place is asked for first: training may take long.
     with atomic_directory(directory) as folder:
-        tokenizer = train_tokenizer(list(corpus), **{"vocab_size": _VOCAB_SIZE, **settings})
+        tokenizer = train_tokenizer(corpus, **{"vocab_size": _VOCAB_SIZE, **settings})
         tokenizer.save(folder)
         files = sorted(path.name for path in folder.iterdir())
         nbytes = sum(path.stat().st_size for path in folder.iterdir())
@@ -84,7 +111,7 @@ def train(directory: Path, corpus: Sequence[Path], settings: Mapping[str, Any]) 
     }
 
 
-def _measure(tokenizer: Tokenizer, corpus: Sequence[Path]) -> dict[str, Any]:
+def _measure(tokenizer: Tokenizer, corpus: Texts) -> dict[str, Any]:
     from lathe.text.corpus import read_lines
 
     lines = [line.rstrip("\r\n") for line in islice(read_lines(corpus), _MEASURED_LINES)]

@@ -53,7 +53,7 @@ def command(
         words[key] = value
     tree: Any = {}
     if Path(model).suffix in (".yaml", ".yml"):
-        tree = _read_yaml(Path(model))
+        tree = read_yaml(Path(model))
     else:
         words["model"] = model
     _train(tree, words, resume, as_json)
@@ -65,7 +65,7 @@ def _train(tree: Any, words: dict[str, Any], resume: bool, as_json: bool) -> Non
     from lathe.train.request import read_request
 
     request = read_request(tree, words)
-    say(f"reading {request.data.train or ', '.join(request.data.tasks)}")
+    say(f"reading {', '.join(request.data.files(validation=False) or request.data.tasks)}")
     job = open_job(request)
     say(f"{_about(job)}; the run is kept in {request.folder}")
     total = request.steps or _PARTS
@@ -164,7 +164,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _read_yaml(path: Path) -> Any:
+def read_yaml(path: Path) -> Any:
+    """The tree of a run file; `RequestError` where there is none."""
     import yaml
 
     try:

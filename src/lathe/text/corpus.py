@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lathe.errors import RequestError
 
-Corpus = Iterable[str] | os.PathLike[str] | Iterable[os.PathLike[str]]
+Corpus = os.PathLike[str] | Iterable[str | os.PathLike[str]] | Iterable[str] | Iterable[os.PathLike[str]]
 
 
 def read_lines(corpus: Corpus) -> Iterator[str]:

@@ -24,6 +24,7 @@ from lathe.architecture import ALIASES, Architecture
 from lathe.errors import RequestError
 from lathe.spec import Spec, choice, size, unknown
 from lathe.train.settings import SaveSettings, TrainSettings
+from lathe.train.text_scores import BLEU_TOKENIZERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +42,10 @@ class TaskSettings(Spec):
 class DataSettings(Spec):
     """Which data, and how it is laid into batches."""
 
-    train: str | None = None  # a file, or a name for the library datasets
-    validation: str | None = None
+    train: str | list | None = None  # type: ignore[type-arg]  # a file, or a name for the library datasets; or several
+    validation: str | list | None = None  # type: ignore[type-arg]
     fields: dict = field(default_factory=dict)  # type: ignore[type-arg]  # what the objective reads -> the column
+    validation_fields: dict | None = None  # type: ignore[type-arg]  # the same for validation, where it has others
     tasks: dict = field(default_factory=dict)  # type: ignore[type-arg]  # a name -> TaskSettings; in place of train
     format: str | None = None  # of the files; by their names
     breaks: str = choice("line", "paragraph", "sentence", default="sentence")  # for objectives that order sentences
@@ -58,9 +60,18 @@ class DataSettings(Spec):
     def check(self) -> None:
         if bool(self.tasks) == bool(self.train):
             raise RequestError("train: give a file to train on, or tasks, and not both")
-        if self.tasks and (self.validation or self.fields):
+        if self.tasks and (self.validation or self.fields or self.validation_fields):
             raise RequestError("tasks: each has its own validation and columns; leave validation and fields out")
+        for name in ("train", "validation"):
+            files = getattr(self, name)
+            if isinstance(files, list) and not (files and all(isinstance(file, str) for file in files)):
+                raise RequestError(f"{name}={files}: expected a file, or a list of files")
         self.tasks_by_name()
+
+    def files(self, *, validation: bool) -> list[str]:
+        """The files to train on, or to evaluate on, in their order."""
+        files = self.validation if validation else self.train
+        return [] if files is None else files if isinstance(files, list) else [files]
 
     def tasks_by_name(self) -> dict[str, TaskSettings]:
         """The tasks as records."""
@@ -108,7 +119,13 @@ class EvaluationSettings(Spec):
     objective: dict = field(default_factory=dict)  # type: ignore[type-arg]  # left out: what the model's head says
     tokenizer: str | None = None
     device: str = "auto"
-    precision: str = choice("fp32", "bf16", default="fp32")
+    precision: str = choice("fp32", "bf16", default="fp32")  # of the loss; texts are written in the weights' own
+    limit: int | None = size(2**40, default=None)  # the first records of the data, or of each task
+    write: bool = True  # sequence to sequence: let the model write, and compare with the target
+    generate: dict = field(default_factory=dict)  # type: ignore[type-arg]  # checked by lathe.generate
+    batch: int = size(2**20, default=32)  # texts that are written at once
+    bleu_tokenize: str = choice(*BLEU_TOKENIZERS, default="13a")
+    outputs: str | None = None  # a file of JSON lines to keep what the model wrote
 
 
 def read_request(tree: Mapping[str, Any], words: Mapping[str, Any]) -> RunSettings:
@@ -127,9 +144,40 @@ def read_request(tree: Mapping[str, Any], words: Mapping[str, Any]) -> RunSettin
     return RunSettings.from_dict(_merged([*_leaves(tree, ""), *words.items()], RunSettings))
 
 
-def read_evaluation(words: Mapping[str, Any]) -> EvaluationSettings:
-    """The record of an evaluation that `key=value` words ask for; `data=FILE` is short for `data.train`."""
-    return EvaluationSettings.from_dict(_merged(words.items(), EvaluationSettings))
+def read_evaluation(words: Mapping[str, Any], run: Mapping[str, Any] | None = None) -> EvaluationSettings:
+    """The record of an evaluation that `key=value` words ask for; `data=FILE` is short for `data.train`.
+
+    Args:
+        run: what a training run was asked: its objective, and its data with what it validates on as what is
+            evaluated on. The words win.
+    """
+    given = dict(words)
+    if run is not None:
+        given = {**dict(_leaves(_held_out(run), "")), **given}
+        if not any(_full(key, EvaluationSettings).startswith(("data.train", "data.tasks")) for key in given):
+            raise RequestError("the run has no validation data to evaluate on; give data=FILE")
+    return EvaluationSettings.from_dict(_merged(given.items(), EvaluationSettings))
+
+
+def _held_out(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The objective and the validation data of a run's tree."""
+    data = run.get("data") if isinstance(run, Mapping) else None
+    if not isinstance(data, Mapping) or not isinstance(data.get("tasks", {}), Mapping):
+        raise RequestError("the run names no data: expected what lathe train was given, or the run.json that it left")
+    gone = ("train", "validation", "validation_fields", "tasks")
+    held = {key: value for key, value in data.items() if key not in gone}
+    if data.get("validation_fields"):
+        held["fields"] = data["validation_fields"]
+    tasks = {
+        name: {**{key: value for key, value in task.items() if key != "validation"}, "train": task["validation"]}
+        for name, task in data.get("tasks", {}).items()
+        if isinstance(task, Mapping) and task.get("validation")
+    }
+    if tasks:
+        held["tasks"] = tasks
+    elif data.get("validation"):
+        held["train"] = data["validation"]
+    return {key: value for key, value in (("data", held), ("objective", run.get("objective"))) if value}
 
 
 _SHORT = {"objective": "objective.name", "data": "data.train"}
