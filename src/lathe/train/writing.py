@@ -1,0 +1,91 @@
+"""What a sequence-to-sequence model writes for the sources of a corpus, next to what it should have written.
+
+The encoder reads the very ids that the objective gives it in training, its shortening included. Texts are written in
+batches of sources of similar length, the shortest first: a batch runs as long as its longest text, so a long one
+among short ones makes all of them wait. The answers come back in the corpus's order.
+
+Shape suffixes: B batch, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lathe.data.corpus import Corpus
+from lathe.generate import generate
+from lathe.generate.settings import Settings
+from lathe.model.transformer import Transformer
+from lathe.objectives.seq2seq import Seq2Seq
+from lathe.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the model wrote for one source; `ended` says whether it came to an end of its own within its limit."""
+
+    text: str
+    ended: bool
+
+
+def write_all(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    objective: Seq2Seq,
+    corpus: Corpus,
+    settings: Mapping[str, Any],
+    *,
+    stored: Mapping[str, Any] | None = None,
+    batch: int = 32,
+    on_done: Callable[[int], None] | None = None,
+) -> list[Written]:
+    """The model's text for each source of the corpus, in its order.
+
+    Args:
+        settings: as for `lathe.generate.generate`. A seed gives each text a stream of its own, whatever the batch.
+        stored: the generation settings that came with the model.
+        batch: how many texts are written at once.
+        on_done: called after each batch with how many texts it held.
+
+    Raises:
+        RequestError: what `generate` refuses.
+    """
+    resolved = Settings.resolve(model.architecture, settings, stored)
+    seed = settings.get("seed")
+    sources = [_source(objective, corpus, number) for number in range(len(corpus))]
+    order = sorted(range(len(sources)), key=lambda number: len(sources[number]))
+    found: dict[int, Written] = {}
+    for start in range(0, len(order), batch):
+        chosen = order[start : start + batch]
+        seeds = {} if seed is None else {"seed": tuple(seed + number for number in chosen)}
+        ids_BT, mask_BT = _padded([sources[number] for number in chosen], resolved.filler)
+        rows = generate(model, ids_BT, mask_BT, stored=stored, **{**settings, **seeds}).tolist()
+        for number, row in zip(chosen, rows):
+            found[number] = _read(tokenizer, row[1:], resolved.eos_token_id)
+        if on_done is not None:
+            on_done(len(chosen))
+    return [found[number] for number in range(len(sources))]
+
+
+def _source(objective: Seq2Seq, corpus: Corpus, number: int) -> list[int]:
+    record = {name: corpus.fields[name].row(number) for name in objective.reads}
+    ids: list[int] = objective.sample(record, np.random.default_rng(0)).input_ids.tolist()
+    return ids
+
+
+def _padded(rows: Sequence[list[int]], filler: int) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, rows))
+    ids_BT = torch.tensor([[*row, *[filler] * (width - len(row))] for row in rows])
+    mask_BT = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return ids_BT, mask_BT
+
+
+def _read(tokenizer: Tokenizer, ids: list[int], ends: tuple[int, ...]) -> Written:
+    """The text up to the first end mark."""
+    at = next((place for place, each in enumerate(ids) if each in ends), None)
+    # The model's table may have more rows than the vocabulary has tokens.
+    return Written(tokenizer.decode(ids[:at], True, errors="replace"), at is not None)
