@@ -139,10 +139,11 @@ def test_a_position_in_other_data_is_refused():
         Batches(corpus(), objective, length=32, rows=2, seed=1).load_state_dict(state)
 
 
-def test_ranks_share_a_batch_and_no_sample():
+@pytest.mark.parametrize(("rows", "n_ranks"), [(4, 2), (5, 2), (3, 3), (7, 4)])
+def test_ranks_share_a_batch_and_no_sample(rows, n_ranks):
     objective = shapes()["bert"][1]
-    whole = Batches(corpus(), objective, length=32, rows=4)
-    ranks = [Batches(corpus(), objective, length=32, rows=2, rank=r, n_ranks=2) for r in range(2)]
+    whole = Batches(corpus(), objective, length=32, rows=rows)
+    ranks = [Batches(corpus(), objective, length=32, rows=rows, rank=r, n_ranks=n_ranks) for r in range(n_ranks)]
     for _ in range(12):
         wanted = next(whole)
         parts = [next(rank) for rank in ranks]
@@ -155,11 +156,17 @@ def test_a_position_continues_on_another_number_of_ranks():
     objective = shapes()["bert"][1]
     one = Batches(corpus(), objective, length=32, rows=4)
     list(itertools.islice(one, 3))
-    two = [Batches(corpus(), objective, length=32, rows=2, rank=r, n_ranks=2) for r in range(2)]
+    two = [Batches(corpus(), objective, length=32, rows=4, rank=r, n_ranks=2) for r in range(2)]
     for each in two:
         each.load_state_dict(one.state_dict())
     wanted = next(one)
     assert sum(next(each).targets for each in two) == wanted.targets
+
+
+def test_fewer_rows_than_ranks_are_refused():
+    objective = shapes()["bert"][1]
+    with pytest.raises(RequestError, match="rows=2 in a batch for 3 ranks: expected one row for each"):
+        Batches(corpus(), objective, length=32, rows=2, rank=0, n_ranks=3)
 
 
 def test_one_pass_is_the_same_each_time_and_covers_the_corpus():

@@ -84,7 +84,7 @@ def test_breaks_are_those_of_the_piece():
 def test_a_saved_position_of_buckets_continues_on_other_ranks_of_as_many_rows():
     one = batches(4)
     list(itertools.islice(one, 17))
-    two = [batches(2, rank=r, n_ranks=2) for r in range(2)]
+    two = [batches(4, rank=r, n_ranks=2) for r in range(2)]
     for each in two:
         each.load_state_dict(one.state_dict())
     for _ in range(10):

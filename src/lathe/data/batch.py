@@ -12,7 +12,7 @@ end of its neighbour.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,17 +27,21 @@ class Batch:
 
     `inputs` are the model's keyword arguments, B × T. `tokens` counts what is no padding, on both sides;
     `targets` the labels that are asked. `name` says which batch of the data it is.
+
+    `row_weight` is what a mean over the rows counts beside one over the targets. It is 1 unless the batch is a part
+    of a larger one, whose targets are spread less evenly than its rows.
     """
 
     inputs: dict[str, Tensor]
     tokens: int
     targets: int
     name: str = ""
+    row_weight: float = 1.0
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on `device`."""
         moved = {key: value.to(device, non_blocking=True) for key, value in self.inputs.items()}
-        return Batch(moved, self.tokens, self.targets, self.name)
+        return replace(self, inputs=moved)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,10 @@ rows of one epoch follow those of the one before, so every batch is full. What i
 number of ranks, continues with exactly the samples that come next, and no two ranks see the same one.
 
 Samples that may not share a row are put into buckets of similar length instead (`lathe.data.bucket`). Their order
-then depends on how many rows a batch has on all ranks together, and a position is good for that number.
+then depends on how many rows a batch has, and a position is good for that number.
+
+A batch's rows are divided among the ranks as evenly as they go. How many ranks there are changes who reads a row,
+and nothing about which rows make a batch.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ class Batches:
     Args:
         length: positions of a row (of the encoder's where there are both stacks).
         target_length: positions of the decoder's row; what the corpus needs on average where left out.
-        rows: rows in a batch, on this rank.
+        rows: rows in a batch, on all ranks together.
         seed: of the order and of what the objective draws.
         shuffle: a new order each epoch; without it, the corpus's own.
         rank, n_ranks: each rank takes its own rows of every batch.
@@ -56,9 +59,12 @@ class Batches:
         rank: int = 0,
         n_ranks: int = 1,
     ) -> None:
-        if rows < 1 or not 0 <= rank < n_ranks:
+        if not 0 <= rank < n_ranks:
+            raise RequestError(f"rank={rank} of {n_ranks}: expected a rank below the count")
+        if rows < n_ranks:
             raise RequestError(
-                f"rows={rows}, rank={rank} of {n_ranks}: expected 1 row or more, and a rank below the count"
+                f"rows={rows} in a batch for {n_ranks} {'rank' if n_ranks == 1 else 'ranks'}: "
+                "expected one row for each, or more; give more rows"
             )
         _check_fields(corpus, objective)
         self.corpus, self.objective, self.seed, self.shuffle = corpus, objective, seed, shuffle
@@ -76,13 +82,14 @@ class Batches:
         return self
 
     def __next__(self) -> Batch:
-        """The next batch of this rank; the position moves by what all ranks take."""
+        """This rank's rows of the next batch; the position moves by what all ranks take."""
         name = f"epoch {self.epoch}, row {self.row}"
         picked: list[list[Sample]] = []
-        for i in range(self.n_rows * self.n_ranks):
+        first, last = (self.n_rows * rank // self.n_ranks for rank in (self.rank, self.rank + 1))
+        for i in range(self.n_rows):
             if self.row >= len(self._rows()):
                 self.epoch, self.row = self.epoch + 1, 0
-            if i // self.n_rows == self.rank:
+            if first <= i < last:
                 picked.append(self._samples(self.row))
             self.row += 1
         return self._layout.batch(picked, name)
@@ -149,7 +156,7 @@ class Batches:
             "seed": self.seed,
             "shuffle": self.shuffle,
             # The order of what is packed does not depend on the batch.
-            "rows": None if self.objective.packs else self.n_rows * self.n_ranks,
+            "rows": None if self.objective.packs else self.n_rows,
         }
 
     def _target_length(self, given: int | None) -> int:
@@ -184,7 +191,7 @@ class Batches:
         if not self.shuffle:
             return alone(order)
         rng = np.random.Generator(np.random.PCG64([self.seed, self.epoch, 0, 2]))
-        return buckets(order, self.widths[0], self.n_rows * self.n_ranks, self.epoch, rng)
+        return buckets(order, self.widths[0], self.n_rows, self.epoch, rng)
 
     def _sample(self, piece: int) -> Sample:
         rng = np.random.Generator(np.random.PCG64([self.seed, self.epoch, piece]))
