@@ -36,6 +36,21 @@ def test_the_loss_is_the_weighted_sum(shape: Callable, batches: Callable):
         assert loss.item() == pytest.approx(0.25 * divergence.item() + 0.75 * hard.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["t5", "bert", "gpt2"])
+def test_hidden_states_of_any_two_widths_are_compared(shape: Callable, batches: Callable, name: str):
+    architecture = shape(name)[0]
+    teacher = Transformer(architecture, seed=1).eval()
+    batch = next(batches(name))
+    same, _ = Distillation(teacher, weight=1.0, hidden=1.0)(teacher, batch)
+    assert same.item() == pytest.approx(0.0, abs=1e-5)
+    narrow = Transformer(architecture.with_(d_model=8, d_head=4), seed=0).eval()
+    without, _ = Distillation(teacher)(narrow, batch)
+    once, _ = Distillation(teacher, hidden=1.0)(narrow, batch)
+    twice, _ = Distillation(teacher, hidden=2.0)(narrow, batch)
+    assert once > without
+    assert (twice - without).item() == pytest.approx(2 * (once - without).item(), rel=1e-4)
+
+
 def test_the_rest_counts_as_one_token(shape: Callable, batches: Callable):
     teacher = Transformer(shape("gpt2")[0], seed=1).eval()
     student = Transformer(shape("gpt2")[0], seed=0).eval()
