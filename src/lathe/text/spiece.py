@@ -1,10 +1,10 @@
-"""Reading a SentencePiece model file (`spiece.model`, `tokenizer.model`, `sentencepiece.bpe.model`).
+"""A SentencePiece model file (`spiece.model`, `tokenizer.model`, `sentencepiece.bpe.model`): reading, other pieces.
 
 The file is a protocol buffer, `sentencepiece_model.proto` of the SentencePiece project. What matters in it:
 
-    ModelProto      1 pieces (repeated), 2 trainer_spec, 3 normalizer_spec
+    ModelProto      1 pieces (repeated), 2 trainer_spec, 3 normalizer_spec, 4 self_test_data
     SentencePiece   1 piece, 2 score, 3 type
-    TrainerSpec     3 model_type, 35 byte_fallback
+    TrainerSpec     3 model_type, 4 vocab_size, 35 byte_fallback, 40-43 unk_id, bos_id, eos_id, pad_id
     NormalizerSpec  2 precompiled_charsmap
 
 A message is a row of fields, each a varint `number << 3 | wire type` and a value: another varint (wire type 0),
@@ -26,9 +26,10 @@ from typing import TYPE_CHECKING, Literal
 from lathe.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping, Sequence
 
 _VARINT, _EIGHT_BYTES, _LENGTH, _FOUR_BYTES = 0, 1, 2, 5
+_PIECE, _TRAINER, _SELF_TEST = 1, 2, 4  # fields of the whole file
 _MODELS: dict[int, Literal["unigram", "bpe"]] = {1: "unigram", 2: "bpe"}
 
 
@@ -99,6 +100,60 @@ def merges(pieces: tuple[Piece, ...]) -> list[tuple[str, str]]:
     return [(left, right) for _, _, left, right in sorted(found)]
 
 
+def with_pieces(data: bytes, name: str, pieces: Sequence[Piece], places: Mapping[int, int]) -> bytes:
+    """The bytes of a SentencePiece file with other pieces; everything else in it stays as it is.
+
+    Sentences that the file would test itself with are left out, since their pieces may be gone.
+
+    Args:
+        places: where each of the old pieces stands now; those that are gone are missing.
+    """
+    parse(data, name)
+    out = [_encoded(_PIECE, _piece_bytes(piece)) for piece in pieces]
+    for field, value, raw in _raw_fields(data):
+        if field == _TRAINER:
+            out.append(_encoded(_TRAINER, _trainer_bytes(_bytes(value), len(pieces), places)))
+        elif field not in (_PIECE, _SELF_TEST):
+            out.append(raw)
+    return b"".join(out)
+
+
+def _piece_bytes(piece: Piece) -> bytes:
+    kind = b"" if piece.kind == Kind.NORMAL else _encoded(3, int(piece.kind))
+    score = bytes([2 << 3 | _FOUR_BYTES]) + struct.pack("<f", piece.score)
+    return _encoded(1, piece.text.encode("utf-8")) + score + kind
+
+
+def _trainer_bytes(data: bytes, count: int, places: Mapping[int, int]) -> bytes:
+    """The trainer's settings with the places of the special pieces as they are now."""
+    out = []
+    for field, value, raw in _raw_fields(data):
+        if field == 4:
+            raw = _encoded(4, count)
+        elif 40 <= field <= 43:
+            # A negative number, which stands for none, is written as 64 bits.
+            place = _number(value)
+            raw = _encoded(field, place if place >> 63 else places.get(place, (1 << 64) - 1))
+        out.append(raw)
+    return b"".join(out)
+
+
+def _encoded(field: int, value: int | bytes) -> bytes:
+    """One field of a message."""
+    if isinstance(value, int):
+        return _varint_bytes(field << 3 | _VARINT) + _varint_bytes(value)
+    return _varint_bytes(field << 3 | _LENGTH) + _varint_bytes(len(value)) + value
+
+
+def _varint_bytes(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
 def _parse(data: bytes, name: str) -> SentencePieceModel:
     pieces: list[Piece] = []
     trainer: bytes | None = None
@@ -135,13 +190,19 @@ def _piece(data: bytes) -> Piece:
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
     """The fields of one message: number and value."""
+    return ((number, value) for number, value, _ in _raw_fields(data))
+
+
+def _raw_fields(data: bytes) -> Iterator[tuple[int, int | bytes, bytes]]:
+    """The fields of one message: number, value, and the bytes that both stand in."""
     at = 0
     while at < len(data):
+        start = at
         key, at = _varint(data, at)
         number, wire = key >> 3, key & 7
         if wire == _VARINT:
             value, at = _varint(data, at)
-            yield number, value
+            yield number, value, data[start:at]
             continue
         if wire == _LENGTH:
             length, at = _varint(data, at)
@@ -151,7 +212,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
             raise ValueError(f"wire type {wire}")
         if number == 0 or at + length > len(data):
             raise ValueError("a field reaches past the end")
-        yield number, data[at : at + length]
+        yield number, data[at : at + length], data[start : at + length]
         at += length
 
 

@@ -124,6 +124,16 @@ class Tokenizer:
         named = names.to_json({**config, "tokenizer_class": self._settings.tokenizer_class})
         return {**self._files, names.CONFIG: named}
 
+    @property
+    def settings(self) -> Settings:
+        """What its files say beside the vocabulary."""
+        return self._settings
+
+    @property
+    def engine(self) -> tokenizers.Tokenizer:
+        """What runs it, of the `tokenizers` library."""
+        return self._engine
+
     @cached_property
     def vocabulary(self) -> dict[str, int]:
         """Every token with its id, added tokens among them."""
