@@ -28,8 +28,10 @@ from lathe.errors import LatheError, RequestError
 # The verbs, in the order that `lathe --help` lists them, and the module of each.
 VERBS: dict[str, str] = {
     "plan": "lathe.cli.plan",
+    "resize": "lathe.cli.resize",
     "train": "lathe.cli.train",
     "evaluate": "lathe.cli.evaluate",
+    "report": "lathe.cli.report",
     "generate": "lathe.cli.generate",
     "tokenize": "lathe.cli.tokenize",
     "tokenizer": "lathe.cli.tokenizer",

@@ -19,7 +19,7 @@ p.lead { color: #888; margin-top: 0; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .7rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 th { font-weight: 600; } th:first-child, td:first-child { text-align: left; }
-td.text { text-align: left; } tr.mark td { background: var(--soft); font-weight: 600; }
+td.text, table.left th, table.left td { text-align: left; } tr.mark td { background: var(--soft); font-weight: 600; }
 figure { margin: 1rem 0; background: #fff; border: 1px solid var(--line); border-radius: 6px; padding: .5rem; }
 figure svg { width: 100%; height: auto; display: block; }
 figcaption { color: #555; font-size: .9rem; padding: .2rem .4rem; }
@@ -48,20 +48,23 @@ class Page:
         """Text as it is, in a fixed width."""
         self._parts.append(f"<pre>{escape(text)}</pre>")
 
-    def table(self, header: Sequence[str], rows: Iterable[Sequence[str]], marked: int | None = None) -> None:
+    def table(
+        self, header: Sequence[str], rows: Iterable[Sequence[str]], marked: int | None = None, *, left: bool = False
+    ) -> None:
         """A table; numbers align to the right, the first column to the left.
 
         Args:
             marked: the number of a row to set apart.
+            left: align everything to the left, for columns that hold words as well as numbers.
         """
         head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+        kind = ' class="left"' if left else ""
         body = []
         for number, row in enumerate(rows):
             mark = ' class="mark"' if number == marked else ""
             body.append(f"<tr{mark}>" + "".join(_cell(cell) for cell in row) + "</tr>")
-        self._parts.append(
-            f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
-        )
+        rows_html = f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
+        self._parts.append(f'<div class="scroll"><table{kind}>{rows_html}</table></div>')
 
     def facts(self, facts: Mapping[str, str]) -> None:
         """Names and values, one a line."""

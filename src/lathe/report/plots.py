@@ -1,13 +1,21 @@
-"""Plots as SVG text: curves over steps and bars to compare. The same numbers give the same bytes."""
+"""Plots: curves over a common axis and bars to compare, as SVG text or as one PNG.
+
+The same numbers give the same bytes. A curve of a hundred thousand steps is drawn from a few hundred points: of each
+stretch its lowest and its highest, so that no spike is lost.
+"""
 
 from __future__ import annotations
 
 import io
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 _COLOURS = ("#2f6fab", "#c8553d", "#4a8f55", "#8a5fa8", "#b8860b", "#5c6b73")
+_DASHES = ("-", "--", ":", "-.")  # from the seventh line on, the colours come again with the next of these
+_MOST_POINTS = 800
 _SETTINGS: Any = {
     "svg.hashsalt": "lathe",
     "svg.fonttype": "path",
@@ -15,6 +23,82 @@ _SETTINGS: Any = {
     "axes.grid": True,
     "grid.alpha": 0.25,
 }
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve.
+
+    Args:
+        label: for the legend; none where left out.
+        colour: a number; the same number is the same colour in every plot.
+        kind: `plain`; `thin`, for what is restless; `faint`, for what another line smooths; `points`, a marker at each.
+    """
+
+    xs: Sequence[float]
+    ys: Sequence[float]
+    label: str | None = None
+    colour: int = 0
+    kind: str = "plain"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point of a curve that is set apart; marks of one label share an entry of the legend."""
+
+    x: float
+    y: float
+    label: str
+    colour: int = 0
+    shape: str = "*"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Lines over one pair of axes.
+
+    Args:
+        x, y: what the axes show, with units.
+        log: whether the height is logarithmic.
+        zero: whether the height starts at 0.
+    """
+
+    title: str
+    x: str
+    y: str
+    lines: Sequence[Line]
+    marks: Sequence[Mark] = field(default_factory=tuple)
+    log: bool = False
+    zero: bool = False
+
+
+def panel(drawn: Panel) -> str:
+    """One panel as SVG, without its title, which the page around it gives."""
+    figure, axes = _figure(7.5, 3.6)
+    _draw(axes, drawn)
+    return _svg(figure)
+
+
+def write_png(panels: Sequence[Panel], path: Path, *, title: str) -> None:
+    """All panels as one picture: the first over the whole width, the others in rows below it."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = 2 if len(panels) in (3, 5) else 3  # so that no row is left half empty
+    rows = -(-(len(panels) - 1) // columns)
+    with matplotlib.rc_context(_SETTINGS):
+        figure = Figure(figsize=(13, 4.6 + 3.2 * rows), layout="constrained")
+        FigureCanvasAgg(figure)
+        grid = figure.add_gridspec(1 + rows, columns, height_ratios=[4.2, *[3.0] * rows])
+        figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+        for number, each in enumerate(panels):
+            place = grid[0, :] if number == 0 else grid[1 + (number - 1) // columns, (number - 1) % columns]
+            axes = figure.add_subplot(place)
+            _clean(axes)
+            _draw(axes, each)
+            axes.set_title(each.title, loc="left", fontsize=11)
+        figure.savefig(path, format="png", dpi=120, metadata={"Software": None})
 
 
 def curves(
@@ -32,8 +116,9 @@ def curves(
         levels: label -> a height to mark across the plot.
     """
     figure, axes = _figure(7.5, 3.6)
-    for (label, (xs, ys)), colour in zip(series.items(), _COLOURS, strict=False):
-        axes.plot(xs, ys, label=label, color=colour, linewidth=1.8, marker="o" if len(xs) < 20 else None, markersize=4)
+    for number, (label, (xs, ys)) in enumerate(series.items()):
+        look = _look(number)
+        axes.plot(xs, ys, label=label, **look, linewidth=1.8, marker="o" if len(xs) < 20 else None, markersize=4)
     for (label, height), colour in zip((levels or {}).items(), reversed(_COLOURS), strict=False):
         axes.axhline(height, label=label, color=colour, linestyle="--", linewidth=1.2)
     axes.set_xlabel(x)
@@ -55,6 +140,76 @@ def bars(values: Mapping[str, float], *, y: str, digits: int = 3) -> str:
     return _svg(figure)
 
 
+def _draw(axes: Any, drawn: Panel) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    for line in drawn.lines:
+        xs, ys = thinned(line.xs, line.ys) if line.kind != "points" else (line.xs, line.ys)
+        look: dict[str, Any] = {**_look(line.colour), "linewidth": 1.8, "zorder": 3}
+        if line.kind == "faint":
+            look |= {"alpha": 0.28, "linewidth": 0.9, "zorder": 2}
+        elif line.kind == "thin":
+            look |= {"linewidth": 1.1}
+        elif line.kind == "points":
+            look |= {"marker": "o", "markersize": 4 if len(xs) < 60 else 2, "linewidth": 1.2, "zorder": 4}
+        axes.plot(xs, ys, label=line.label, **look)
+    labelled: set[str] = set()
+    for mark in drawn.marks:
+        axes.plot(
+            [mark.x],
+            [mark.y],
+            linestyle="",
+            marker=mark.shape,
+            markersize=11 if mark.shape == "*" else 7,
+            color=_COLOURS[mark.colour % len(_COLOURS)],
+            markeredgecolor="black",
+            markeredgewidth=0.7,
+            zorder=5,
+            label=None if mark.label in labelled else mark.label,
+        )
+        labelled.add(mark.label)
+    axes.set_xlabel(drawn.x)
+    axes.set_ylabel(drawn.y)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_formatter(_short)
+    if drawn.log:
+        axes.set_yscale("log")
+    elif drawn.zero:
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(_short)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False, fontsize=9)
+
+
+def thinned(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:
+    """At most some hundred points of a curve, with the lowest and the highest of each stretch among them."""
+    n = len(xs)
+    if n <= _MOST_POINTS:
+        return list(xs), list(ys)
+    kept = {0, n - 1}
+    stretches = _MOST_POINTS // 2
+    for number in range(stretches):
+        stretch = range(number * n // stretches, (number + 1) * n // stretches)
+        kept |= {min(stretch, key=ys.__getitem__), max(stretch, key=ys.__getitem__)}
+    order = sorted(kept)
+    return [xs[at] for at in order], [ys[at] for at in order]
+
+
+def _look(number: int) -> dict[str, str]:
+    return {
+        "color": _COLOURS[number % len(_COLOURS)],
+        "linestyle": _DASHES[number // len(_COLOURS) % len(_DASHES)],
+    }
+
+
+def _short(value: float, _: Any) -> str:
+    """12,000 as 12k, so that the numbers of an axis do not run into each other."""
+    for size, end in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{end}"
+    return f"{value:g}"
+
+
 def _figure(width: float, height: float) -> tuple[Any, Any]:
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -64,9 +219,13 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
+    _clean(axes)
+    return figure, axes
+
+
+def _clean(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
-    return figure, axes
 
 
 def _svg(figure: Any) -> str:
