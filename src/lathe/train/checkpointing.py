@@ -11,6 +11,12 @@ is killed leaves the one before. A disk can still lose or change bytes later; th
 resume the newest checkpoint is checked first, and one that is damaged is named in a warning and passed over.
 
 Old checkpoints are renamed before they are removed: what looks like a checkpoint is one.
+
+A run on several ranks leaves the same files: its parts are gathered one tensor after another, and the main rank
+writes them whole. `torch.distributed.checkpoint` would let every rank write its own part, which is faster for models
+of many gigabytes; but the parts are no model that stock tools open, and one rank of several can die between two
+files. Written whole, a checkpoint is renamed into place once, checked by one manifest, and goes on on any number of
+ranks. The price is the main rank's memory: 12 bytes a parameter on the CPU while it saves.
 """
 
 from __future__ import annotations

@@ -6,6 +6,10 @@ A step takes `accumulate` batches, and its loss is the mean over all their label
 count more, so accumulating gives what one large batch would. Dropout is drawn from (seed, step), so a run
 can continue from any step without the state of a generator, and what a caller draws between steps changes
 nothing. The loop prints nothing and writes nothing; whoever wants to know passes `on_step`.
+
+Several ranks (`lathe.train.ranks`) each take their rows of every batch, and the step is the one that a single
+process would have taken: the mean over all labels of all ranks, clipped by the norm of the whole gradient. Every
+number of a report is that of all ranks together. Only dropout differs: each rank draws its own.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,8 +30,10 @@ from lathe.model.feed_forward import FeedForwardLayer
 from lathe.model.transformer import Transformer
 from lathe.train.evaluate import Evaluation, evaluate
 from lathe.train.health import Health
-from lathe.train.loss import LossFunction, autocast, objective_loss
+from lathe.train.loss import SENTENCE_LABELS, LossFunction, autocast, objective_loss
 from lathe.train.optimiser import load_named_state, make_optimizer, named_state
+from lathe.train.parallel import Spread
+from lathe.train.ranks import ALONE, Ranks
 from lathe.train.schedule import rate
 from lathe.train.settings import TrainSettings
 
@@ -79,6 +85,7 @@ def train(
     evaluation: Sequence[Batch] | None = None,
     on_step: Callable[[StepReport], None] | None = None,
     run: Run | None = None,
+    ranks: Ranks = ALONE,
 ) -> TrainResult:
     """Train `model` in place until its budget is spent or the batches end.
 
@@ -86,8 +93,10 @@ def train(
         batches: taken one after another; `lathe.data.Batches` never ends.
         loss_fn: `(model, batch) -> (mean loss, how many labels)`.
         evaluation: a fixed set, evaluated with the labels' own loss every `evaluate_every` steps and at the end.
-        on_step: called after each step.
-        run: a run to go on with, made of the same model and settings; a new one where left out.
+        on_step: called after each step, on every rank.
+        run: a run to go on with, made of the same model, settings and ranks; a new one where left out.
+        ranks: the processes that share the work, each of which calls this with its own rows of the same number of
+            batches, and with the same weights. Sharded, `model` waits on the CPU until the end.
 
     Raises:
         LatheError: the loss is no number or has run away; the weights are those before that step.
@@ -96,16 +105,16 @@ def train(
     fit = getattr(batches, "fit", None)
     if fit is not None:
         fit(model.architecture)
-    run = run or Run(model, settings, loss_fn)
+    run = run or Run(model, settings, loss_fn, ranks)
     source, result = iter(batches), TrainResult()
-    with training(model, settings):
+    with training(run.model, settings):
         while run.progress < 1.0 and not run.stopped:
             group = _take(source, settings.accumulate)
             if not group:
                 break
             report = run.step(group)
             if evaluation is not None and run.wants_evaluation():
-                measured = evaluate(model, evaluation, precision=settings.precision)
+                measured = run.evaluate(evaluation)
                 report = StepReport(**{**vars(report), "evaluation": measured})
             result.steps.append(report)
             if on_step is not None:
@@ -113,17 +122,25 @@ def train(
     if not result.steps:
         raise RequestError("no batch to train on: the data ended before the first step")
     if evaluation is not None and result.steps[-1].evaluation is None:
-        measured = evaluate(model, evaluation, precision=settings.precision)
+        measured = run.evaluate(evaluation)
         result.steps[-1] = StepReport(**{**vars(result.steps[-1]), "evaluation": measured})
+    run.publish()
     return result
 
 
 class Run:
-    """The state of a run between two steps: optimiser, counts, health. Set `stopped` to end it early."""
+    """The state of a run between two steps: optimiser, counts, health. Set `stopped` to end it early.
 
-    def __init__(self, model: Transformer, settings: TrainSettings, loss_fn: LossFunction) -> None:
-        self.model, self.settings, self.loss_fn = model, settings, loss_fn
-        self.optimizer = make_optimizer(model, settings.optimizer)
+    `model` is what is trained: the model that was given, or a sharded copy of it (`lathe.train.parallel`).
+    """
+
+    def __init__(
+        self, model: Transformer, settings: TrainSettings, loss_fn: LossFunction, ranks: Ranks = ALONE
+    ) -> None:
+        self.settings, self.loss_fn, self.ranks = settings, loss_fn, ranks
+        self.spread = Spread(model, settings, ranks)
+        self.model = self.spread.model
+        self.optimizer = make_optimizer(self.model, settings.optimizer)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.health = Health(settings.spike)
         self.steps, self.tokens, self.targets, self.seconds = 0, 0, 0, 0.0
@@ -135,12 +152,19 @@ class Run:
         return {**counts, "recent_losses": list(self.health.recent)}
 
     def tensors(self) -> dict[str, Tensor]:
-        """The optimiser's state under the parameters' names."""
-        return named_state(self.model, self.optimizer)
+        """The optimiser's state under the parameters' names, whole; on the main rank, though every rank calls it."""
+        return self.spread.gathered(named_state(self.model, self.optimizer))
 
-    def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Go on from what `state_dict` and `tensors` gave."""
-        load_named_state(self.model, self.optimizer, tensors)
+    def publish(self) -> None:
+        """Bring the weights to the model that the run was made of, where that is another. Every rank calls it."""
+        self.spread.publish()
+
+    def load_state_dict(
+        self, state: Mapping[str, Any], tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+    ) -> None:
+        """Go on from what `state_dict` and `tensors` gave, with these weights; on any number of ranks."""
+        self.spread.load(weights)
+        load_named_state(self.model, self.optimizer, self.spread.parts(tensors))
         for name in ("steps", "tokens", "targets", "seconds"):
             setattr(self, name, state[name])
         self.health.recent.extend(state["recent_losses"])
@@ -157,12 +181,23 @@ class Run:
         every = self.settings.evaluate_every
         return self.progress >= 1.0 or (every is not None and self.steps % every == 0)
 
+    def evaluate(self, batches: Sequence[Batch]) -> Evaluation:
+        """The loss of the labels' own on a fixed set, which every rank holds whole."""
+
+        def judge(_: Transformer, batch: Batch) -> tuple[Tensor, int]:
+            return self.spread.judge(batch, objective_loss)
+
+        precision = self.settings.precision
+        found = evaluate(self.model, batches, loss_fn=judge, precision=precision, ranks=self.ranks)
+        self.spread.rest()
+        return found
+
     def step(self, group: Sequence[Batch]) -> StepReport:
         """One step on these batches: gradients of all, then one move of the weights."""
         started = time.perf_counter()
         lr = self.settings.optimizer.lr * rate(self.settings.schedule, self.steps, self.progress)
-        torch.manual_seed(_mix(self.settings.seed, self.steps))
-        loss = self._backward(group)
+        torch.manual_seed(_mix(self.settings.seed, self.steps, self.ranks.rank))
+        loss, tokens, targets = self._backward(self._weighed(group))
         norm = self._clip()
         self.health.check(self.steps + 1, loss, norm, group[0].name or "no name")
         for params in self.optimizer.param_groups:
@@ -170,31 +205,54 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
-        self.tokens += sum(batch.tokens for batch in group)
-        self.targets += sum(batch.targets for batch in group)
+        self.tokens += tokens
+        self.targets += targets
         self.seconds += time.perf_counter() - started
+        if self.settings.seconds is not None:  # ranks must agree on when it is spent
+            self.seconds = self.ranks.sum((self.seconds if self.ranks.main else 0.0,))[0]
         done = min(self.progress, 1.0)
         return StepReport(self.steps, loss, lr, norm, self.tokens, self.seconds, done, self.targets, group[0].name)
 
-    def _backward(self, group: Sequence[Batch]) -> float:
-        """Gradients of the mean loss over every label of the group; that loss."""
-        total, targets = 0.0, 0
-        for batch in group:
-            moved = batch.to(self.model.device)
-            with autocast(self.model.device, self.settings.precision):
-                loss, n = self.loss_fn(self.model, moved)
-            (loss if len(group) == 1 else loss * n).backward()
-            total, targets = total + loss.item() * n, targets + n
-        if not targets:
+    def _weighed(self, group: Sequence[Batch]) -> Sequence[Batch]:
+        """The group, each batch with the weight at which a mean over rows becomes one over all rows of the step.
+
+        Batches are weighed by their targets. A label of the row as a whole has to count by rows all the same.
+        """
+        if (len(group) == 1 and self.ranks.size == 1) or not any(label in group[0].inputs for label in SENTENCE_LABELS):
+            return group
+        counts = [len(batch.inputs["input_ids"]) for batch in group]
+        rows, targets = self.ranks.sum((sum(counts), sum(batch.targets for batch in group)))
+        return [
+            replace(batch, row_weight=n / rows * targets / max(batch.targets, 1)) for batch, n in zip(group, counts)
+        ]
+
+    def _backward(self, group: Sequence[Batch]) -> tuple[float, int, int]:
+        """Gradients of the mean loss over every label of the step; that loss, and the step's tokens and targets."""
+        alone = len(group) == 1 and self.ranks.size == 1
+        total, asked = 0.0, 0
+        for number, batch in enumerate(group, start=1):
+            with self.spread.adding_up(last=number == len(group)):
+                moved = batch.to(self.model.device)
+                with autocast(self.model.device, self.settings.precision):
+                    loss, n = self.spread.loss(moved, self.loss_fn)
+                # A batch without targets counts nothing; its loss of a row as a whole does.
+                weight = max(n, 1)
+                (loss if alone else loss * weight).backward()
+            total, asked = total + loss.item() * weight, asked + n
+        counts = (sum(batch.tokens for batch in group), sum(batch.targets for batch in group))
+        total, all_asked, tokens, targets = self.ranks.sum((total, asked, *counts))
+        if not all_asked:
             raise RequestError(f"the batch {group[0].name!r} asks no label: nothing to learn from")
-        if len(group) > 1:
-            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], 1.0 / targets)
-        return total / targets
+        if not alone:
+            # The ranks' gradients were averaged.
+            scale = self.ranks.size / all_asked
+            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], scale)
+        return total / all_asked, int(tokens), int(targets)
 
     def _clip(self) -> float:
         limit = self.settings.optimizer.clip
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = self.spread.whole(nn.utils.get_total_norm(gradients))
         if limit is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
         return norm.item()
@@ -247,6 +305,7 @@ def _take(source: Iterator[Batch], count: int) -> list[Batch]:
     return [batch for _, batch in zip(range(count), source)]
 
 
-def _mix(seed: int, step: int) -> int:
-    # Far apart for near steps and seeds, and below 2^63, which is what every backend's generator takes.
-    return ((seed * 0x9E3779B97F4A7C15) ^ (step * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB)) & (2**63 - 1)
+def _mix(seed: int, step: int, rank: int) -> int:
+    # Far apart for near steps, seeds and ranks, and below 2^63, which is what every backend's generator takes.
+    mixed = (seed * 0x9E3779B97F4A7C15) ^ (step * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) ^ (rank * 0xD6E8FEB86659FD93)
+    return mixed & (2**63 - 1)

@@ -27,7 +27,8 @@ from lathe.model.transformer import Transformer
 
 LossFunction: TypeAlias = Callable[[Transformer, Batch], tuple[Tensor, int]]
 
-_SENTENCE = ("next_sentence_label", "sentence_order_label")
+# Labels of a row as a whole, beside those of its tokens.
+SENTENCE_LABELS = ("next_sentence_label", "sentence_order_label")
 
 
 def objective_loss(model: Transformer, batch: Batch) -> tuple[Tensor, int]:
@@ -42,11 +43,11 @@ def objective_loss(model: Transformer, batch: Batch) -> tuple[Tensor, int]:
         return loss, batch.targets
     logits_NV, targets_N, output = label_logits(model, batch)
     loss = mean_loss(logits_NV, targets_N)
-    sentence = next((batch.inputs[key] for key in _SENTENCE if key in batch.inputs), None)
+    sentence = next((batch.inputs[key] for key in SENTENCE_LABELS if key in batch.inputs), None)
     if sentence is not None:
         if output.seq_relationship_logits is None:
             raise RequestError("the batch has sentence labels and the model no sentence head; add a classifier")
-        loss = loss + label_loss(output.seq_relationship_logits, sentence)
+        loss = loss + batch.row_weight * label_loss(output.seq_relationship_logits, sentence)
     return loss, len(targets_N)
 
 
@@ -66,7 +67,7 @@ def label_logits(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor, Outp
         labels_BT = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
     asked_BT = labels_BT != IGNORED
     where = asked_BT.flatten().nonzero().squeeze(1)
-    inputs = {key: value for key, value in batch.inputs.items() if key != "labels" and key not in _SENTENCE}
+    inputs = {key: value for key, value in batch.inputs.items() if key != "labels" and key not in SENTENCE_LABELS}
     with _head_reads(model, where):
         output = model(**inputs)
     assert output.logits is not None

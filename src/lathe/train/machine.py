@@ -14,26 +14,49 @@ from lathe.architecture import Architecture
 from lathe.errors import RequestError
 from lathe.planner.flops import forward
 from lathe.train.loss import autocast
+from lathe.train.ranks import ALONE, Ranks
 
 _SIZES = {"cpu": 1024, "cuda": 8192, "mps": 2048}
 _ROUNDS = 5
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
     """The device of that name; `auto` is CUDA where there is one, else Apple's MPS, else the CPU.
 
+    Where `torchrun` started several processes, each takes the GPU of its number on its machine, which becomes the
+    process's current one; `auto` then passes MPS over, on which processes cannot add up tensors.
+
     Raises:
-        RequestError: there is no such device here.
+        RequestError: there is no such device here, or not one for each process.
     """
     if name == "auto":
-        mps = torch.backends.mps.is_available()
+        mps = torch.backends.mps.is_available() and not ranks.grouped
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if ranks.grouped:
+        name = _own(name, ranks)
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise RequestError(f"device={name}: there is no such device here; auto takes the best there is") from None
+    if ranks.grouped and device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
+
+
+def _own(name: str, ranks: Ranks) -> str:
+    """The name of the device of that kind that is this rank's."""
+    if name not in ("cuda", "cpu"):
+        raise RequestError(f"device={name} under torchrun: expected cuda (each process takes its own), cpu or auto")
+    if name == "cpu":
+        return name
+    found = torch.cuda.device_count()
+    if ranks.local >= found:
+        raise RequestError(
+            f"device=cuda: process {ranks.local + 1} of this machine has no GPU, for there are {found}; "
+            "start one process for each with --nproc-per-node, or give device=cpu"
+        )
+    return f"cuda:{ranks.local}"
 
 
 def matrix_peak(device: torch.device, precision: str) -> float:

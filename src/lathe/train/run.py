@@ -10,7 +10,13 @@ last losses (for the spike's judge), the best evaluation, the position in the da
 (seed, step) and needs no state. So a resumed run takes bit for bit the steps that the killed one would have
 taken, on the same hardware. A budget of seconds is the exception: it counts time.
 
-One process at a time: the run is locked while it trains, and the system drops the lock with the process.
+One run at a time: the directory is locked while it trains, and the system drops the lock with the process.
+
+Several ranks are one run. The main rank alone looks at the directory, locks it, and writes; what it found, and
+whether it could write, it tells the others, so that all go on or all end with the same line. A checkpoint says
+nothing about ranks: another number of them continues from it, sharded or not, with the samples that come next. The
+steps are then the same but for the order of sums and what dropout draws; as many ranks as before repeat them bit
+for bit.
 """
 
 from __future__ import annotations
@@ -18,7 +24,7 @@ from __future__ import annotations
 import fcntl
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,11 +35,12 @@ from lathe.model.transformer import Transformer
 from lathe.train.checkpointing import Checkpoints, Stored
 from lathe.train.loop import Run, StepReport, TrainResult, train
 from lathe.train.loss import LossFunction, objective_loss
+from lathe.train.ranks import ALONE, Ranks
 from lathe.train.records import METRICS, SPEED, Board, Lines, metrics, speed
 from lathe.train.settings import SaveSettings, TrainSettings
 
 # What may change between two parts of a run: nothing of it changes what a step computes.
-_FREE = ("spike", "checkpointing", "evaluate_every")
+_FREE = ("spike", "checkpointing", "evaluate_every", "parallel")
 
 
 class Resumable(Protocol):
@@ -60,16 +67,18 @@ def fit(
     asked: Mapping[str, Any] | None = None,
     notes: Mapping[str, str] | None = None,
     on_step: Callable[[StepReport], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> TrainResult:
     """Train `model` in place, and keep in `folder` what it takes to go on.
 
     Args:
-        write_model: writes the model as a directory at the path that it is given (`model.save`).
+        write_model: writes the model as a directory at the path that it is given (`model.save`); on the main rank.
         evaluation: a fixed set; the checkpoint with the lowest loss on it is kept as `best`.
         resume: go on where the run in `folder` stopped; start there if it holds none.
         asked: more that a resume must ask again, as plain JSON values (the rows of a batch).
         notes: text files to write into `folder`, name to content.
-        on_step: called after each step.
+        on_step: called after each step, on every rank.
+        ranks: the processes that share the work; each calls this with the same arguments and its own rows.
 
     Returns:
         The steps that this process made; none where the run was finished already.
@@ -83,20 +92,22 @@ def fit(
     if save.patience is not None and evaluation is None:
         raise RequestError("patience counts evaluations and there is nothing to evaluate on; give validation data")
     checkpoints = Checkpoints(folder / "checkpoints", save.keep)
-    _refuse(folder, resume)
-    with _locked(folder):
-        stored = checkpoints.newest()
-        run = Run(model, settings, loss_fn)
+    with ExitStack() as held:
+
+        def look() -> Stored | None:
+            _refuse(folder, resume)
+            held.enter_context(_locked(folder))
+            return checkpoints.newest()
+
+        stored = ranks.from_main(look)
+        run = Run(model, settings, loss_fn, ranks)
         wanted = _asked(model, settings, asked or {})
         if stored is not None:
-            _restore(stored, wanted, model, batches, run)
-            checkpoints.link(stored.step, stored.state["best_step"])
-        for name, text in (notes or {}).items():
-            with atomic_file(folder / name, replace=True) as made:
-                made.write_text(text, encoding="utf-8")
+            _restore(stored, wanted, batches, run)
         keeper = _Keeper(folder, checkpoints, stored, wanted, run, batches, save, write_model)
+        held.enter_context(closing(keeper))
+        ranks.from_main(lambda: keeper.begin(notes or {}))
         if run.stopped or run.progress >= 1.0:
-            keeper.close()
             return TrainResult()
 
         def after(report: StepReport) -> None:
@@ -104,15 +115,16 @@ def fit(
             if on_step is not None:
                 on_step(report)
 
-        with closing(keeper):
-            try:
-                return train(model, batches, settings, loss_fn=loss_fn, evaluation=evaluation, on_step=after, run=run)
-            except LatheError as error:
-                raise type(error)(f"{error}; {keeper.last_good}") from error
+        try:
+            return train(
+                model, batches, settings, loss_fn=loss_fn, evaluation=evaluation, on_step=after, run=run, ranks=ranks
+            )
+        except LatheError as error:
+            raise type(error)(f"{error}; {keeper.last_good}") from error
 
 
 class _Keeper:
-    """Writes down each step and saves when it is time."""
+    """Writes down each step and saves when it is time: judged on every rank, written by the main one."""
 
     def __init__(
         self,
@@ -126,16 +138,30 @@ class _Keeper:
         write_model: Callable[[Path], object],
     ) -> None:
         state = stored.state if stored is not None else {}
-        self.checkpoints, self.asked, self.run, self.batches = checkpoints, asked, run, batches
+        self.folder, self.checkpoints, self.stored = folder, checkpoints, stored
+        self.asked, self.run, self.batches = asked, run, batches
         self.save, self.write_model = save, write_model
         self.best_step: int | None = state.get("best_step")
         self.best_loss: float | None = state.get("best_loss")
         self.without_better: int = state.get("without_better", 0)
         self.saved: Path | None = stored.path if stored is not None else None
-        lengths = state.get("lengths", {})
-        self.lines = {name: Lines(folder / name, lengths.get(name, 0)) for name in (METRICS, SPEED)}
-        self.board = Board(folder / "tensorboard", run.steps) if save.tensorboard else None
+        self.lines: dict[str, Lines] = {}
+        self.board: Board | None = None
         run.stopped = self._out_of_patience()
+
+    def begin(self, notes: Mapping[str, str]) -> None:
+        """Put the directory where the run goes on from: links, notes, and the lines up to the checkpoint."""
+        lengths: Mapping[str, int] = {}
+        if self.stored is not None:
+            self.checkpoints.link(self.stored.step, self.best_step)
+            lengths = self.stored.state["lengths"]
+        for name, text in notes.items():
+            with atomic_file(self.folder / name, replace=True) as made:
+                made.write_text(text, encoding="utf-8")
+        for name in (METRICS, SPEED):
+            self.lines[name] = Lines(self.folder / name, lengths.get(name, 0))
+        if self.save.tensorboard:
+            self.board = Board(self.folder / "tensorboard", self.run.steps)
 
     @property
     def last_good(self) -> str:
@@ -147,15 +173,19 @@ class _Keeper:
     def after(self, report: StepReport) -> None:
         """Record the step; save where it is time to."""
         better = self._judge(report)
-        self.lines[METRICS].write(metrics(report))
-        self.lines[SPEED].write(speed(report))
-        if self.board is not None:
-            self.board.write(report)
+        if self.run.ranks.main:
+            self._write(report)
         self.run.stopped = self._out_of_patience()
         every = self.save.every
         due = every is not None and report.step % every == 0
         if due or better or self.run.stopped or report.progress >= 1.0:
             self._save(report.step)
+
+    def _write(self, report: StepReport) -> None:
+        self.lines[METRICS].write(metrics(report))
+        self.lines[SPEED].write(speed(report))
+        if self.board is not None:
+            self.board.write(report)
 
     def close(self) -> None:
         """Let go of the files."""
@@ -178,20 +208,26 @@ class _Keeper:
         return self.save.patience is not None and self.without_better >= self.save.patience
 
     def _save(self, step: int) -> None:
-        state = {
-            "run": self.run.state_dict(),
-            "data": self.batches.state_dict(),
-            "best_step": self.best_step,
-            "best_loss": self.best_loss,
-            "without_better": self.without_better,
-            "asked": self.asked,
-            # Flushed before the checkpoint is in place: what it counts on is there.
-            "lengths": {name: lines.sync() for name, lines in self.lines.items()},
-        }
-        self.saved = self.checkpoints.save(step, self.write_model, self.run.tensors(), state, self.best_step)
+        self.run.publish()
+        moments = self.run.tensors()
+
+        def write() -> Path:
+            state = {
+                "run": self.run.state_dict(),
+                "data": self.batches.state_dict(),
+                "best_step": self.best_step,
+                "best_loss": self.best_loss,
+                "without_better": self.without_better,
+                "asked": self.asked,
+                # Flushed before the checkpoint is in place: what it counts on is there.
+                "lengths": {name: lines.sync() for name, lines in self.lines.items()},
+            }
+            return self.checkpoints.save(step, self.write_model, moments, state, self.best_step)
+
+        self.saved = self.run.ranks.from_main(write)
 
 
-def _restore(stored: Stored, asked: Mapping[str, Any], model: Transformer, batches: Resumable, run: Run) -> None:
+def _restore(stored: Stored, asked: Mapping[str, Any], batches: Resumable, run: Run) -> None:
     """Put a checkpoint's state into a fresh run; nothing is touched where it was asked something else."""
     difference = _difference(stored.state["asked"], asked)
     if difference is not None:
@@ -201,8 +237,7 @@ def _restore(stored: Stored, asked: Mapping[str, Any], model: Transformer, batch
             "resume with the same, or start a new run in another directory"
         )
     batches.load_state_dict(stored.state["data"])
-    model.load_state_dict(stored.weights())
-    run.load_state_dict(stored.state["run"], stored.moments())
+    run.load_state_dict(stored.state["run"], stored.moments(), stored.weights())
 
 
 def _asked(model: Transformer, settings: TrainSettings, more: Mapping[str, Any]) -> dict[str, Any]:

@@ -57,6 +57,7 @@ class TrainSettings(Spec):
     schedule: ScheduleSettings = ScheduleSettings()
     accumulate: int = size(2**20, default=1)  # batches in a step
     precision: str = choice("fp32", "bf16", default="fp32")  # of the matrix products; weights stay as they are
+    parallel: str = choice("auto", "none", "ddp", "fsdp", default="auto")  # over torchrun's processes; auto: ddp
     compile: bool = False  # each layer's attention and feed-forward through torch.compile: slow to start, then faster
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more work
     dropout: float | None = share(None)  # type: ignore[arg-type]  # in place of every dropout of the model
