@@ -7,6 +7,7 @@ config, and the blueprint's names.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -74,25 +75,51 @@ def save_checkpoint(
         RequestError: `directory` exists.
         LatheError: the disk is full; nothing is left behind.
     """
+    nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    with atomic_directory(directory, replace=replace, nbytes=nbytes) as folder:
+        saved = write_checkpoint(
+            folder,
+            architecture,
+            tensors,
+            tokenizer=tokenizer,
+            generation=generation,
+            config=config,
+            max_shard_bytes=max_shard_bytes,
+        )
+        for name, text in (extra or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
+    return dataclasses.replace(saved, directory=Path(directory))
+
+
+def write_checkpoint(
+    folder: Path,
+    architecture: Architecture,
+    tensors: Mapping[str, Tensor],
+    *,
+    tokenizer: Companion | None = None,
+    generation: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> Saved:
+    """Write a model's files into a directory that is there and empty, such as one that `atomic_directory` made.
+
+    The arguments are those of `save_checkpoint`, which publishes the directory as well.
+    """
     from lathe.checkpoint.tensors import write_tensors
 
     stock = holder(architecture) is not None
-    nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    with atomic_directory(directory, replace=replace, nbytes=nbytes) as folder:
-        if stock:
-            _write_json(folder / CONFIG, _stock_config(architecture, tensors, config))
-            write_tensors(folder, _stock_tensors(architecture, tensors), max_shard_bytes=max_shard_bytes)
-        else:
-            _write_json(folder / OWN, {"lathe": __version__, "architecture": architecture.to_dict()})
-            own = ((p.name, tensors[p.name]) for p in stored(architecture))
-            write_tensors(folder, own, max_shard_bytes=max_shard_bytes)
-        if generation:
-            _write_json(folder / GENERATION, generation)
-        if tokenizer is not None:
-            tokenizer.save(folder)
-        for name, text in (extra or {}).items():
-            (folder / name).write_text(text, encoding="utf-8")
-    return Saved(Path(directory), stock, tuple(each.reason for each in objections(architecture)))
+    if stock:
+        _write_json(folder / CONFIG, _stock_config(architecture, tensors, config))
+        write_tensors(folder, _stock_tensors(architecture, tensors), max_shard_bytes=max_shard_bytes)
+    else:
+        _write_json(folder / OWN, {"lathe": __version__, "architecture": architecture.to_dict()})
+        own = ((p.name, tensors[p.name]) for p in stored(architecture))
+        write_tensors(folder, own, max_shard_bytes=max_shard_bytes)
+    if generation:
+        _write_json(folder / GENERATION, generation)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    return Saved(folder, stock, tuple(each.reason for each in objections(architecture)))
 
 
 def _stock_config(

@@ -32,6 +32,7 @@ from lathe.reshape.state import State, Step, multiply
 from lathe.reshape.transform import refit_transform, transform_rows
 from lathe.reshape.width import principal, with_stored_positions
 
+_ENERGY = "share of what the text moves through the token table that is kept"
 _TOKENS = "embedding.tokens.weight"
 _OUTPUT = "head.language.output"
 
@@ -96,7 +97,7 @@ def factorise(model: Transformer, batches: Sequence[Batch], state: State, width:
         changed[_TOKENS] = changed[_TOKENS] * math.sqrt(a.d_model / width)
     sizes: dict[str, Any] = {"embedding.d_embed": width, **followers(a, a.with_(d_embed=width))}
     exact = width == a.d_model and a.head.language is None
-    step = Step(f"factorise the embedding {a.d_model} → {width}", exact, {"energy": energy})
+    step = Step(f"factorise the embedding {a.d_model} → {width}", exact, {"energy": energy}, _ENERGY)
     return _with_head(model, batches, before, changed, sizes), step
 
 

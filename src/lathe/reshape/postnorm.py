@@ -52,7 +52,10 @@ def rotate_post_norm(state: State, batches: Sequence[Batch], width: int) -> tupl
         _fit_head_reader(name, teacher, student, batches)
     fitted = State(started.architecture, {n: t.double() for n, t in student.state_dict().items()})
     old = state.architecture.d_model
-    steps = [Step(f"rotate and refit d_model {old} → {width}", False, {"energy": kept, **errors})]
+    measures = (
+        "energy: share of the norms' outputs that the basis keeps; norms: share of the parent's output not reached"
+    )
+    steps = [Step(f"rotate and refit d_model {old} → {width}", False, {"energy": kept, **errors}, measures)]
     language = fitted.architecture.head.language
     if language is not None and language.transform is not None and fitted.architecture.embedding.d_embed is None:
         old_NE = _listen(teacher, batches, ["head.language.norm"])["head.language.norm"][1]

@@ -31,6 +31,7 @@ from lathe.reshape.operation import Operation, measured, plain
 from lathe.reshape.state import State, Step
 
 _RIDGE = 1e-4
+_ENERGY = "share of the energy that each output matrix still writes"
 
 
 class Activity:
@@ -184,7 +185,7 @@ def prune_feed_forward(
             if parameter.role == "reader":
                 changed[parameter.name] = state.wide(parameter.name).index_select(dim, kept)
         changed |= _refitted(state, f"{layer}.down", seen[f"{layer}.down"], kept, energy)
-    step = Step(f"prune {stack_name} feed-forward {old} → {d_ff}", d_ff == old, energy)
+    step = Step(f"prune {stack_name} feed-forward {old} → {d_ff}", d_ff == old, energy, _ENERGY)
     return state.with_(changed, {f"{stack_name}.feed_forward.d_ff": d_ff}), step
 
 
@@ -267,7 +268,7 @@ def prune_heads(
         name += f", key-value heads {spec.kv_heads} → {n_kv_heads}"
     exact = n_heads == spec.n_heads and n_kv_heads == spec.kv_heads
     sizes = {f"{stack_name}.attention.n_heads": n_heads, f"{stack_name}.attention.n_kv_heads": n_kv_heads}
-    return state.with_(changed, sizes), Step(name, exact, energy)
+    return state.with_(changed, sizes), Step(name, exact, energy, _ENERGY)
 
 
 def _chosen(

@@ -87,7 +87,7 @@ def resize(
         steps.extend(done)
         if after is not None:
             after(context.current(state), context.tokenizer, done)
-    return _finished(state, target, model.dtype, steps, context.tokenizer)
+    return _finished(state, target, model, steps, context.tokenizer)
 
 
 def planned(
@@ -181,12 +181,15 @@ def _operations(source: Architecture, target: Architecture, method: str) -> list
 
 
 def _finished(
-    state: State, target: Architecture, dtype: torch.dtype, steps: list[Step], tokenizer: Tokenizer | None
+    state: State, target: Architecture, model: Transformer, steps: list[Step], tokenizer: Tokenizer | None
 ) -> Resized:
     if state.architecture.d_model != target.d_model:
         raise AssertionError(f"reshaping ended at {state.architecture.d_model}, not at {target.d_model}")
-    cast = state.cast(dtype)
-    return Resized(cast.architecture, cast.tensors, tuple(steps), tokenizer)
+    cast = state.cast(model.dtype)
+    # What no operation touched is still the model's own memory: training one would change the other.
+    taken = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    own = {n: t.clone() if t.untyped_storage().data_ptr() in taken else t for n, t in cast.tensors.items()}
+    return Resized(cast.architecture, own, tuple(steps), tokenizer)
 
 
 def _differences(one: Mapping[str, Any], other: Mapping[str, Any], path: str = "") -> list[str]:

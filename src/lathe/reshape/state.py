@@ -63,11 +63,13 @@ class Step:
         name: what was done, such as "rotate d_model 512 → 384".
         exact: whether it leaves every output as it was, up to rounding.
         detail: measured facts about it, such as the retained energy per norm.
+        measures: what the numbers in `detail` are, in words.
     """
 
     name: str
     exact: bool
     detail: Mapping[str, float]
+    measures: str = ""
 
 
 def multiply(tensor: Tensor, dim: int, matrix: Tensor) -> Tensor:

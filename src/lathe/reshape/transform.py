@@ -77,7 +77,8 @@ def refit_transform(before: State, state: State, x_ND: Tensor, old_NE: Tensor, i
     slope = (centred * (target_NE - mean_t)).sum(0) / centred.square().sum(0).clamp_min(1e-12)
     error = target_NE - (slope * centred + mean_t)
     unexplained = float(error.square().sum() / (target_NE - mean_t).square().sum())
-    step = Step("refit the head's transform", False, {"unexplained": unexplained})
+    measures = "share of the old vectors' variance that the new ones miss"
+    step = Step("refit the head's transform", False, {"unexplained": unexplained}, measures)
     changed = {
         "head.language.transform.weight": weight,
         "head.language.transform.bias": bias,

@@ -154,7 +154,8 @@ def rotate(state: State, group: str, field: str, basis: Basis, moments: Moments)
     changed |= _rescaled(state, field, old, new, changed)
     sizes = {field: new, **{f"{name}.norm.eps": s.norm.eps * old / new for name, s in state.architecture.stacks}}
     exact = old == new and not any(_is_uneven(state, norm) for norm in norms)
-    step = Step(f"rotate {field.removeprefix('embedding.')} {old} → {new}", exact, basis.energy)
+    name = f"rotate {field.removeprefix('embedding.')} {old} → {new}"
+    step = Step(name, exact, basis.energy, "share of the stream's energy that each norm still sees")
     return state.with_(changed, sizes), step
 
 

@@ -1,0 +1,148 @@
+"""`lathe resize SRC DST field=value …`: another size for a trained model, and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lathe.cli.output import Advance, answers, emit_json, progress, say
+from lathe.cli.settings import parse_settings
+from lathe.errors import RequestError
+
+if TYPE_CHECKING:
+    from lathe.reshape.job import Job
+    from lathe.reshape.outcome import Outcome
+
+
+def command(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A model's directory, or a hub id.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Where the new model goes.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[FIELD=VALUE]...",
+            help="d_model=384, d_ff=1024, n_layers=4, n_heads=6, d_embed=128 …; also calibrate.tokens=100000, "
+            "calibrate.field=document, data.tokens=50000, heal.steps=500, heal.lr=3e-4, objective=masked, seed=1.",
+        ),
+    ] = None,
+    calibrate: Annotated[str | None, typer.Option(metavar="FILE", help="Text that the cut is fitted on.")] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Text to measure on; else a tenth of the calibration text.")
+    ] = None,
+    heal: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Text to heal on, with the source as teacher.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="How a width is cut: rotate, select or truncate.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Do again what this lathe.json says, to the same bytes.")
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep the healing's run here; else DST.heal until it is done.")
+    ] = None,
+    own_form: Annotated[
+        bool, typer.Option("--own-form", help="Write Lathe's own form where no stock file can hold the sizes.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="Where to heal and measure: auto, cuda, mps, cpu.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Change the sizes of a trained model, heal it, and report what each step cost."""
+    words: dict[str, Any] = dict(parse_settings(settings or []))
+    for name, value in {"calibrate": calibrate, "data": data, "heal": heal, "method": method}.items():
+        if value is not None and name in words:
+            raise RequestError(f"{name} is set twice, by an option and by a word; set it once")
+        if value is not None:
+            words[name] = value
+    _resize(source, destination, words, recipe, run, own_form, device, as_json)
+
+
+def _resize(
+    source: str,
+    destination: Path,
+    words: dict[str, Any],
+    recipe: Path | None,
+    run: Path | None,
+    own_form: bool,
+    device: str,
+    as_json: bool,
+) -> None:
+    from lathe.report.resizing import pages
+    from lathe.reshape.job import open_job, run_job
+    from lathe.reshape.request import read_request
+
+    _require_free(destination)
+    if recipe is not None:
+        job = _replay(source, words, recipe, device)
+    else:
+        job = open_job(read_request(source, words, own_form=own_form, device=device))
+    if run is not None and job.request.heal is None:
+        raise RequestError("--run keeps the healing's run, and nothing heals here: leave it out, or give --heal FILE")
+    outcome = run_job(job, destination, pages=pages, run=run, reporter=_Terminal())
+    if as_json:
+        emit_json({"directory": str(destination), **outcome.to_dict()})
+    else:
+        _show(outcome, destination)
+
+
+def _replay(source: str, words: dict[str, Any], recipe: Path, device: str) -> Job:
+    """The job of a recipe; only where the texts are may be said anew."""
+    from lathe.reshape.job import open_replay
+    from lathe.reshape.recipe import read_recipe
+    from lathe.reshape.request import read_text
+
+    known = [name for name in words if name.partition(".")[0] == "data" or name in ("calibrate", "heal")]
+    if len(known) < len(words):
+        odd = next(name for name in words if name not in known)
+        raise RequestError(f"{odd}={words[odd]}: the recipe says what is done; leave it out, or leave out --recipe")
+    data = read_text("data", words)
+    return open_replay(
+        read_recipe(recipe),
+        source,
+        calibrate=words.get("calibrate"),
+        heal=words.get("heal"),
+        data=data,
+        device=device,
+    )
+
+
+def _require_free(destination: Path) -> None:
+    """Refuse before the work what would be refused after it."""
+    if destination.is_file():
+        raise RequestError(f"{destination} is a file, where a directory is to be written: choose another name")
+    if destination.is_dir() and any(destination.iterdir()):
+        raise RequestError(f"{destination} already exists and is not empty: choose another directory")
+
+
+class _Terminal:
+    """Progress and remarks on stderr."""
+
+    def say(self, line: str) -> None:
+        say(line)
+
+    @contextmanager
+    def work(self, title: str, total: int) -> Iterator[Advance]:
+        with progress(title, total) as advance:
+            yield advance
+
+
+def _show(outcome: Outcome, destination: Path) -> None:
+    from rich.table import Table
+
+    from lathe.report.resizing import SIZES, reload_lines, size_cells, step_cells
+
+    console = answers()
+    for name, kind, moved, _, loss, difference in step_cells(outcome):
+        cost = "" if loss == "–" else f", loss {loss} ({difference})"
+        console.print(f"{name} ({kind}): logits moved {moved}{cost}", soft_wrap=True)
+    table = Table("", "source", "result")
+    for number in (1, 2):
+        table.columns[number].justify = "right"
+    for row in zip(SIZES, *size_cells(outcome.source, outcome.result)):
+        table.add_row(*row)
+    console.print(table)
+    for line in reload_lines(outcome):
+        console.print(line, soft_wrap=True)
+    console.print(f"{destination}: the model, its recipe (lathe.json), report.html and README.md", soft_wrap=True)

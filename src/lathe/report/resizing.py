@@ -1,0 +1,254 @@
+"""A resized model's page (`report.html`) and its model card (`README.md`), from what the resize measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from lathe._version import __version__
+from lathe.report.frontier import Point, frontier_svg
+from lathe.report.html import Page
+from lathe.report.plots import curves
+from lathe.reshape.measure import Quality
+from lathe.reshape.outcome import Done, Outcome, Reload, Size
+from lathe.reshape.recipe import Recipe
+
+_MOST_DETAILS = 48  # rows of one table; more are drawn as a curve, and the lowest are named
+_LOSS = "loss, nats a target"
+
+
+def pages(outcome: Outcome, recipe: Recipe) -> dict[str, str]:
+    """The files that describe a result, name to content."""
+    return {"report.html": page(outcome, recipe), "README.md": card(outcome, recipe)}
+
+
+def page(outcome: Outcome, recipe: Recipe) -> str:
+    """The report as one HTML file."""
+    made = Page(_title(outcome), f"made by Lathe {__version__} in {outcome.seconds:,.0f} seconds")
+    made.text(_summary(outcome))
+    made.table(SIZES, size_cells(outcome.source, outcome.result), marked=1)
+    points = _points(outcome)
+    if len(points) > 1:
+        made.picture(
+            frontier_svg(points, y=_LOSS, in_order=True),
+            "Loss against parameters, from the source through each step. Down and to the left is better.",
+        )
+    made.heading("Steps")
+    made.text(
+        "An exact step leaves every output as it was, up to rounding. “Logits moved” is the root mean square of their "
+        "change over that of the logits before the step; the loss is that of the model after it."
+    )
+    made.table(STEPS, step_cells(outcome))
+    for number, step in enumerate(outcome.steps, start=1):
+        _detail(made, number, step)
+    made.heading("Opened again from the disk")
+    for line in reload_lines(outcome):
+        made.text(line)
+    if outcome.curves:
+        made.heading("Healing")
+        lines = {title: ([x for x, _ in points], [y for _, y in points]) for title, points in outcome.curves.items()}
+        made.picture(
+            curves(lines, x="step", y="loss on the batch"),
+            "The loss is the parent's distribution and the text's labels together, so it is not the loss of the table.",
+        )
+    made.heading("How it was made")
+    if outcome.text:
+        made.facts(outcome.text)
+    made.text("lathe.json holds the recipe. This makes the same bytes again, from the same source and the same text:")
+    made.code(_replay(outcome, recipe))
+    return made.render()
+
+
+def card(outcome: Outcome, recipe: Recipe) -> str:
+    """The model card, with the header that the Hugging Face hub reads."""
+    header: dict[str, Any] = dict(outcome.card)
+    if outcome.family is not None:
+        header["library_name"] = "transformers"
+    if outcome.base is not None:
+        header["base_model"] = outcome.base
+    header["tags"] = ["lathe", "resized", *([outcome.family] if outcome.family else [])]
+    lines = [
+        "---",
+        yaml.safe_dump(header, sort_keys=True, allow_unicode=True).rstrip(),
+        "---",
+        "",
+        f"# {outcome.result.name}",
+        "",
+        _summary(outcome),
+        "",
+        *_markdown(SIZES, size_cells(outcome.source, outcome.result)),
+        "",
+        "## Steps",
+        "",
+        *_markdown(STEPS, step_cells(outcome)),
+        "",
+        "Exact: every output as it was, up to rounding. The change of the logits is relative, root mean square.",
+        "",
+        "## Opened again from the disk",
+        "",
+        *reload_lines(outcome),
+        "",
+        "## How it was made",
+        "",
+        *(f"- {name}: {value}" for name, value in outcome.text.items()),
+        "",
+        "`lathe.json` is the recipe; `report.html` has the plots. The same bytes again:",
+        "",
+        "```",
+        _replay(outcome, recipe),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+# --- cells, which the command line prints as well
+
+
+SIZES = ("model", "parameters", "bytes of weights", "loss", "perplexity", "bits/byte", "tokens/s")
+STEPS = ("step", "", "logits moved", "parameters", "loss after", "change")
+
+
+def size_cells(source: Size, result: Size) -> list[tuple[str, ...]]:
+    """Source and result side by side, differences included."""
+    rows: list[tuple[str, ...]] = []
+    for size in (source, result):
+        first = size is source
+        found, before = size.quality, source.quality
+        speed, speed_before = size.tokens_per_second, source.tokens_per_second
+        rows.append(
+            (
+                size.name,
+                f"{size.parameters:,}" + ("" if first else f" {size.parameters / source.parameters - 1:+.0%}"),
+                f"{size.bytes:,}",
+                _number(found, lambda q: q.loss) + _plus(first, found, before),
+                _number(found, lambda q: q.perplexity, 2),
+                _number(found, lambda q: q.bits_per_byte),
+                "–"
+                if speed is None
+                else f"{speed:,.0f}" + ("" if first or not speed_before else f" ×{speed / speed_before:.2f}"),
+            )
+        )
+    return rows
+
+
+def step_cells(outcome: Outcome) -> list[tuple[str, ...]]:
+    """Each step: what it was, whether it is exact, and what it cost."""
+    before = outcome.source.quality
+    rows: list[tuple[str, ...]] = []
+    for number, step in enumerate(outcome.steps, start=1):
+        moved = "with the next" if step.change is None and _goes_on(outcome.steps, number) else _share(step.change)
+        rows.append(
+            (
+                f"{number}. {step.name}",
+                "heals" if step.heals else "exact" if step.exact else "approximate",
+                moved,
+                f"{step.parameters:,}",
+                _number(step.quality, lambda q: q.loss),
+                "" if step.quality is None or before is None else f"{step.quality.loss - before.loss:+.4f}",
+            )
+        )
+        before = step.quality or before
+    return rows
+
+
+def reload_lines(outcome: Outcome) -> list[str]:
+    """What was found when the files were opened again, as sentences."""
+    found = outcome.reload
+    lines = [f"Lathe: the largest difference of a logit over {found.tokens} positions is {found.largest:.2g}."]
+    if found.stock is None:
+        reason = "; ".join(outcome.reasons)
+        return [*lines, f"Stock transformers: not compared ({found.note}{': ' + reason if reason else ''})."]
+    return [*lines, f"Stock transformers: the largest difference is {found.stock:.2g}; {_tensors(found)}."]
+
+
+def _tensors(found: Reload) -> str:
+    if not found.missing and not found.unexpected:
+        return "no tensor is missing, none is unexpected"
+    parts = []
+    for what, names in (("missing", found.missing), ("unexpected", found.unexpected)):
+        if names:
+            parts.append(f"{what}: {', '.join(names[:4])}{'…' if len(names) > 4 else ''}")
+    return "; ".join(parts)
+
+
+# --- parts
+
+
+def _title(outcome: Outcome) -> str:
+    return f"{outcome.source.name} → {outcome.result.name}"
+
+
+def _summary(outcome: Outcome) -> str:
+    source, result = outcome.source, outcome.result
+    sizes = ", ".join(f"{name}={'none' if value is None else value}" for name, value in outcome.changes.items())
+    text = (
+        f"{source.name} with {sizes}: {result.parameters:,} parameters "
+        f"({result.parameters / source.parameters:.0%} of the source's {source.parameters:,})"
+    )
+    if source.quality is not None and result.quality is not None:
+        ratio = result.quality.perplexity / source.quality.perplexity - 1
+        text += f", perplexity {ratio:+.1%} on {outcome.text.get('measured on', 'held-out text')}"
+    form = f"stock {outcome.family} files" if outcome.family else "Lathe's own form"
+    return f"{text}. Saved as {form}."
+
+
+def _points(outcome: Outcome) -> list[Point]:
+    points = []
+    if outcome.source.quality is not None:
+        points.append(Point("source", outcome.source.parameters, outcome.source.quality.loss))
+    for number, step in enumerate(outcome.steps, start=1):
+        if step.quality is not None:
+            points.append(Point(f"{number}. {step.name}", step.parameters, step.quality.loss))
+    return points
+
+
+def _detail(made: Page, number: int, step: Done) -> None:
+    """What the step measured of itself."""
+    if not step.detail:
+        return
+    made.text(f"{number}. {step.name}: {step.measures or 'what the step measured of itself'}.")
+    values = dict(step.detail)
+    if len(values) > _MOST_DETAILS:
+        places = list(range(1, len(values) + 1))
+        made.picture(curves({step.name: (places, list(values.values()))}, x="place in the model", y=""), step.measures)
+        values = dict(sorted(values.items(), key=lambda item: item[1])[:8])
+        made.text("The lowest of them:")
+    made.facts({name: f"{value:.4f}" for name, value in values.items()})
+
+
+def _goes_on(steps: Sequence[Done], number: int) -> bool:
+    """Whether a step was measured together with the one after it."""
+    return number < len(steps) and steps[number - 1].quality is None and not steps[number].heals
+
+
+def _replay(outcome: Outcome, recipe: Recipe) -> str:
+    words = ["lathe", "resize", str(recipe.source["model"]), "NEW", "--recipe", "lathe.json"]
+    if recipe.calibrate is not None:
+        words += ["--calibrate", str(recipe.calibrate["file"])]
+    healed: Mapping[str, Any] | None = next((stage["heal"] for stage in recipe.stages if "heal" in stage), None)
+    if healed is not None:
+        words += ["--heal", str(healed["file"])]
+    return " ".join(words)
+
+
+def _number(found: Quality | None, read: Any, digits: int = 4) -> str:
+    value = None if found is None else read(found)
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def _plus(first: bool, found: Quality | None, before: Quality | None) -> str:
+    return "" if first or found is None or before is None else f" {found.loss - before.loss:+.4f}"
+
+
+def _share(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.2%}" if value >= 1e-4 else f"{value:.1e}"
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]

@@ -1,0 +1,162 @@
+"""Healing: a cut model learns from its parent for a while, and gets back most of what it lost.
+
+The parent's whole distribution and the text's own labels are the loss (`lathe.train.Distillation`); the objective is
+the one that the model was trained with. A run lies in a directory and can be killed at any instant: called again, it
+goes on where the last checkpoint is (`lathe.train.fit`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lathe.checkpoint.save import save_checkpoint
+from lathe.data.batches import Batches
+from lathe.errors import RequestError
+from lathe.model.transformer import Transformer
+from lathe.reshape.text import TextSettings
+from lathe.spec import Spec, share, size
+from lathe.text.tokenizer import Tokenizer
+from lathe.train.distil import Distillation
+from lathe.train.loop import StepReport, TrainResult, train
+from lathe.train.run import fit
+from lathe.train.settings import OptimizerSettings, SaveSettings, ScheduleSettings, TrainSettings
+
+_STEPS = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealSettings(Spec):
+    """How long a model heals, on what, and how its loss is made up."""
+
+    file: str
+    field: str = "text"  # the column, where the file has several
+    format: str | None = None  # by the file's name
+    steps: int | None = size(2**40, default=None)  # 200, where neither steps nor tokens are given
+    tokens: int | None = size(2**60, default=None)  # of all stages together, as are the steps
+    lr: float = 5e-4
+    weight: float = 0.5  # the parent's share of the loss, 0 to 1; the rest is the text's
+    temperature: float = 1.0
+    top_k: int | None = size(2**24, default=None)  # compare only the parent's likeliest tokens
+    hidden: float = 0.0  # the weight of the hidden states' difference
+    length: int | None = size(2**24, least=8, default=None)  # positions of a row; 256, or what the model has
+    rows: int = size(2**20, default=16)
+    accumulate: int = size(2**20, default=1)
+    dropout: float = share(0.0)
+    seed: int = size(2**32 - 1, least=0, default=0)
+    stages: int | None = size(2, default=None)  # two where more than half of an axis goes, else one
+    save_every: int = size(2**40, default=100)  # steps
+
+    def check(self) -> None:
+        if not 0.0 <= self.weight <= 1.0:
+            raise RequestError(f"weight={self.weight}: expected the parent's share, 0 to 1")
+        for name in ("lr", "temperature"):
+            if getattr(self, name) <= 0:
+                raise RequestError(f"{name}={getattr(self, name)}: expected more than 0")
+        if self.hidden < 0:
+            raise RequestError(f"hidden={self.hidden}: expected 0 or more")
+
+    @property
+    def text(self) -> TextSettings:
+        """The text that it takes: no more than is read."""
+        return TextSettings(
+            file=self.file,
+            field=self.field,
+            format=self.format,
+            tokens=self.most_tokens,
+            length=self.length,
+            rows=self.rows,
+            seed=self.seed,
+        )
+
+    @property
+    def most_tokens(self) -> int:
+        """How many tokens the healing reads at most."""
+        if self.tokens is not None and self.steps is None:
+            return self.tokens
+        asked = (self.steps or _STEPS) * self.rows * (self.length or 256) * self.accumulate
+        return asked if self.tokens is None else min(asked, self.tokens)
+
+    def part(self, parts: int) -> HealSettings:
+        """One of as many equal stages."""
+        steps = self.steps or (None if self.tokens is not None else _STEPS)
+        return replace(
+            self,
+            steps=None if steps is None else max(steps // parts, 1),
+            tokens=None if self.tokens is None else max(self.tokens // parts, 1),
+            stages=1,
+        )
+
+    def training(self) -> TrainSettings:
+        """The loop's settings: AdamW, a short warm-up, a cosine down to nothing."""
+        steps = self.steps or (None if self.tokens is not None else _STEPS)
+        return TrainSettings(
+            steps=steps,
+            tokens=self.tokens,
+            optimizer=OptimizerSettings(lr=self.lr),
+            schedule=ScheduleSettings(warmup=max((steps or 200) // 20, 1)),
+            accumulate=self.accumulate,
+            dropout=self.dropout,
+            seed=self.seed,
+            spike=None,  # the loss of a model that was just cut falls from high up
+        )
+
+
+def heal(
+    model: Transformer,
+    teacher: Transformer,
+    batches: Batches,
+    settings: HealSettings,
+    folder: Path | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+    config: Mapping[str, Any] | None = None,
+    asked: Mapping[str, Any] | None = None,
+    on_step: Callable[[StepReport], None] | None = None,
+) -> TrainResult:
+    """Train `model` in place to do what `teacher` does.
+
+    Args:
+        teacher: a model of the same vocabulary; it is not changed.
+        batches: the text.
+        folder: where the run is kept, so that it can be killed and goes on; None: nowhere.
+        tokenizer, config: what the checkpoints in `folder` carry besides the weights.
+        asked: what a run in `folder` must have been asked as well, to be gone on with.
+
+    Raises:
+        RequestError: another vocabulary, or a run in `folder` that was asked something else.
+        LatheError: the loss is no number any more, or the disk is full.
+    """
+    loss = Distillation(
+        teacher.eval(),
+        weight=settings.weight,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        hidden=settings.hidden,
+    )
+    if folder is None:
+        result = train(model, batches, settings.training(), loss_fn=loss, on_step=on_step)
+        model.eval()
+        return result
+
+    def write(path: Path) -> None:
+        weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        save_checkpoint(path, model.architecture, weights, tokenizer=tokenizer, config=config)
+
+    mixture = [settings.weight, settings.temperature, settings.top_k, settings.hidden]
+    result = fit(
+        model,
+        batches,
+        settings.training(),
+        folder,
+        write_model=write,
+        save=SaveSettings(every=settings.save_every, keep=1),
+        loss_fn=loss,
+        resume=True,
+        asked={"distillation": mixture, **(asked or {})},
+        on_step=on_step,
+    )
+    model.eval()
+    return result

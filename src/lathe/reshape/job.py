@@ -1,0 +1,318 @@
+"""From a model's directory to another one of other sizes: what `lathe resize` does.
+
+    run_job(open_job(read_request("my-t5", {"d_model": 384, "calibrate": "text.txt"})), Path("my-t5-384"), pages=…)
+
+Open the source and the text, cut (in two stages where more than half goes and the model heals), measure after every
+operation, write, open what was written once more, and write down how it was done and what it cost. All of it happens
+in a temporary directory that becomes DST at the end, so DST is whole or not there.
+
+Pages are made by whoever calls, from the `Outcome`: this package draws nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from lathe.architecture import Architecture
+from lathe.blueprint import stored
+from lathe.checkpoint.atomic import atomic_directory
+from lathe.checkpoint.load import open_checkpoint
+from lathe.errors import RequestError
+from lathe.families import objections
+from lathe.model.transformer import Transformer
+from lathe.reshape.heal import HealSettings
+from lathe.reshape.outcome import Outcome
+from lathe.reshape.recipe import Recipe, Written, machine, require_same, source_digest, warn_of_differences
+from lathe.reshape.request import ResizeRequest
+from lathe.reshape.resize import planned
+from lathe.reshape.stages import half_way
+from lathe.reshape.text import Documents, TextSettings, read_documents
+from lathe.text.tokenizer import Tokenizer
+
+log = logging.getLogger("lathe")
+
+Advance = Callable[[int, str], None]
+Pages = Callable[[Outcome, Recipe], Mapping[str, str]]
+
+
+class Reporter(Protocol):
+    """How a job tells what it is doing."""
+
+    def say(self, line: str) -> None:
+        """One line about what is being done."""
+        ...
+
+    def work(self, title: str, total: int) -> AbstractContextManager[Advance]:
+        """Show work of `total` units; the function yielded is told how many are done."""
+        ...
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    def say(self, line: str) -> None:
+        """Nothing."""
+
+    def work(self, title: str, total: int) -> AbstractContextManager[Advance]:
+        """Nothing."""
+        return nullcontext(lambda done, note: None)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model that is cut, and what travels with it."""
+
+    name: str
+    directory: Path
+    model: Transformer
+    tokenizer: Tokenizer | None
+    generation: Mapping[str, Any]
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request with everything that it names opened and checked.
+
+    Args:
+        stages: what is done, in order: `{"resize": changes}` and `{"heal": settings}`.
+        fitted: the text that the cut is fitted on.
+        held: the text that it is measured on.
+        expected: a recipe that this is a replay of.
+    """
+
+    request: ResizeRequest
+    source: Source
+    source_sha256: str
+    stages: tuple[Mapping[str, Any], ...]
+    fitted: Documents | None
+    held: Documents | None
+    is_apart: bool
+    expected: Written | None = None
+
+    @property
+    def target(self) -> Architecture:
+        """The architecture in the end."""
+        return _walked(self.source.model.architecture, self.stages, self.request)
+
+
+def open_job(request: ResizeRequest) -> Job:
+    """Open the model and the text of a request, and check that the sizes can be had.
+
+    Raises:
+        RequestError: something is missing, or cannot be done, or only Lathe's own form could hold the result.
+    """
+    source = open_source(request.source)
+    architecture = source.model.architecture
+    target, operations = planned(architecture, request.changes, method=request.method, own_form=request.own_form)
+    if not operations:
+        sizes = ", ".join(f"{name}={value}" for name, value in request.changes.items())
+        raise RequestError(f"{request.source} has {sizes} already: nothing to change")
+    _require_holder(architecture, target, request)
+    stages = _stages(architecture, request)
+    return _with_text(request, source, source_digest(source.directory), stages, None)
+
+
+def open_replay(
+    written: Written,
+    source: str,
+    *,
+    calibrate: str | None = None,
+    heal: str | None = None,
+    data: TextSettings | None = None,
+    device: str = "auto",
+) -> Job:
+    """The job that a recipe describes, on a source that must be the one it was written for.
+
+    Args:
+        calibrate, heal: where the texts are now, if not where the recipe says.
+        data: other text to measure on.
+
+    Raises:
+        RequestError: another source or another text.
+    """
+    recipe = written.recipe
+    warn_of_differences(written)
+    opened = open_source(source)
+    digest = source_digest(opened.directory)
+    require_same(source, str(recipe.source.get("sha256")), digest)
+    changes: dict[str, Any] = {}
+    stages: list[Mapping[str, Any]] = []
+    healed: HealSettings | None = None
+    for stage in recipe.stages:
+        if "resize" in stage:
+            changes |= stage["resize"]
+            stages.append({"resize": stage["resize"]})
+        else:
+            healed = HealSettings.from_dict({**stage["heal"], **({"file": heal} if heal else {})}, "heal")
+            stages.append({"heal": healed, "sha256": stage.get("sha256")})
+    text = None
+    if recipe.calibrate is not None:
+        values = {key: value for key, value in recipe.calibrate.items() if key in TextSettings.field_names()}
+        text = TextSettings.from_dict({**values, **({"file": calibrate} if calibrate else {})}, "calibrate")
+    request = ResizeRequest(
+        source=source,
+        changes=changes,
+        method=recipe.method,
+        calibrate=text,
+        data=data,
+        heal=healed,
+        objective=recipe.objective,
+        seed=recipe.seed,
+        own_form=True,  # the recipe was carried out once
+        device=device,
+    )
+    return _with_text(request, opened, digest, tuple(stages), written)
+
+
+def open_source(name: str) -> Source:
+    """A directory or hub id as a model with what travels with it.
+
+    Raises:
+        RequestError: no such model, or one that is quantised already.
+    """
+    checkpoint = open_checkpoint(name)
+    parameters = checkpoint.parameters
+    assert checkpoint.directory is not None
+    model = Transformer(checkpoint.architecture, device="meta")
+    model.load_state_dict({each: parameters.tensor(each) for each in parameters.names()}, assign=True)
+    tokenizer = Tokenizer.load(checkpoint.directory) if Tokenizer.is_in(checkpoint.directory) else None
+    return Source(name, checkpoint.directory, model.eval(), tokenizer, checkpoint.generation, checkpoint.config)
+
+
+def recipe_of(job: Job) -> Recipe:
+    """The recipe as far as it is known before the work; the job's run fills in what each stage did."""
+    calibrate = None
+    if job.request.calibrate is not None and job.fitted is not None:
+        calibrate = {
+            **job.request.calibrate.to_dict(),
+            "sha256": job.fitted.digest,
+            "documents": len(job.fitted.texts),
+            "apart": job.is_apart,
+        }
+    return Recipe(
+        source={"model": job.request.source, "sha256": job.source_sha256},
+        stages=[],
+        method=job.request.method,
+        seed=job.request.seed,
+        objective=job.request.objective,
+        calibrate=calibrate,
+        made_with=machine(),
+    )
+
+
+def run_job(
+    job: Job, directory: Path, *, pages: Pages, run: Path | None = None, reporter: Reporter | None = None
+) -> Outcome:
+    """Do it, and write DST.
+
+    Args:
+        directory: where the result goes; it must not exist, or be empty.
+        pages: makes the text files that describe the result, name to content.
+        run: where healing keeps its checkpoints; `directory` + `.heal` where left out, which is removed at the end.
+
+    Raises:
+        RequestError: `directory` exists, or text that is too short.
+        LatheError: the disk is full. Nothing is left at `directory`; what healing had reached stays in its run.
+    """
+    from lathe.reshape.carry_out import carry_out
+
+    started = time.perf_counter()
+    itemsize = torch.empty(0, dtype=job.source.model.dtype).element_size()
+    nbytes = itemsize * sum(parameter.size for parameter in stored(job.target))
+    with atomic_directory(directory, nbytes=nbytes) as made:
+        outcome, recipe = carry_out(job, made, run or heal_folder(directory), reporter or Silent(), directory.name)
+        outcome.seconds = time.perf_counter() - started
+        for name, text in pages(outcome, recipe).items():
+            (made / name).write_text(text, encoding="utf-8")
+    if run is None:
+        shutil.rmtree(heal_folder(directory), ignore_errors=True)
+    return outcome
+
+
+def heal_folder(directory: Path) -> Path:
+    """Where healing keeps its run until the result is written."""
+    whole = directory.expanduser().resolve()
+    return whole.with_name(f"{whole.name}.heal")
+
+
+# --- checks and stages ----------------------------------------------------------------------------------
+
+
+def _stages(architecture: Architecture, request: ResizeRequest) -> tuple[Mapping[str, Any], ...]:
+    """What is done, in order."""
+    if request.heal is None:
+        return ({"resize": request.changes},)
+    first = None
+    if request.heal.stages != 1:
+        first = half_way(architecture, request.changes, method=request.method, own_form=request.own_form)
+        if first is None and request.heal.stages == 2:
+            raise RequestError("heal.stages=2: nothing is cut to less than half here; leave it out, or give 1")
+    if first is None:
+        return {"resize": request.changes}, {"heal": request.heal.part(1)}
+    part = request.heal.part(2)
+    return {"resize": first}, {"heal": part}, {"resize": request.changes}, {"heal": part}
+
+
+def _walked(source: Architecture, stages: tuple[Mapping[str, Any], ...], request: ResizeRequest) -> Architecture:
+    for stage in stages:
+        if "resize" in stage:
+            source, _ = planned(source, stage["resize"], method=request.method, own_form=request.own_form)
+    return source
+
+
+def _require_holder(source: Architecture, target: Architecture, request: ResizeRequest) -> None:
+    """Refuse what the family's files cannot hold, unless that was asked for."""
+    found = objections(target)
+    if not found or request.own_form or objections(source):
+        return
+    fitting = {name: value for each in found for name, value in each.changes.items()}
+    sizes = ", ".join(f"{name}={_shown(value)}" for name, value in fitting.items())
+    hint = f"it can with {sizes}, and " if sizes and all(each.changes for each in found) else ""
+    raise RequestError(
+        f"a stock {target.family} file cannot hold this: {'; '.join(each.reason for each in found)}; "
+        f"{hint}Lathe's own form can hold it as it is (--own-form)"
+    )
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+def _with_text(
+    request: ResizeRequest,
+    source: Source,
+    digest: str,
+    stages: tuple[Mapping[str, Any], ...],
+    expected: Written | None,
+) -> Job:
+    """The job with the documents that it is fitted and measured on."""
+    needed = [name for name in ("calibrate", "data", "heal") if getattr(request, name) is not None]
+    if needed and source.tokenizer is None:
+        raise RequestError(
+            f"{request.source} holds no tokenizer to read the {needed[0]} text with; put its tokenizer beside it"
+        )
+    before = (expected.recipe.calibrate or {}) if expected is not None else {}
+    # A replay divides the text as the first time, whatever it is measured on.
+    apart = bool(before["apart"]) if "apart" in before else request.data is None
+    fitted = held = None
+    if request.calibrate is not None:
+        assert source.tokenizer is not None
+        fitted, held = read_documents(request.calibrate, source.tokenizer, apart=apart)
+        if not fitted:
+            raise RequestError(f"{request.calibrate.file} has no token that {request.source}'s tokenizer can read")
+        if expected is not None:
+            require_same(request.calibrate.file, str(before.get("sha256")), fitted.digest)
+    if request.data is not None:
+        assert source.tokenizer is not None
+        held, _ = read_documents(request.data, source.tokenizer, apart=False)
+    return Job(request, source, digest, stages, fitted, held or None, apart, expected)

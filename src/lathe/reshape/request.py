@@ -1,0 +1,97 @@
+"""What a resize is asked, as one record; `field=value` words become it.
+
+    d_model=384 d_ff=1024            fields of the architecture
+    calibrate=corpus.txt calibrate.tokens=100000 calibrate.field=document
+    data=held-out.txt heal=corpus.txt heal.steps=500 heal.lr=3e-4
+    method=select objective=masked objective.rate=0.2 seed=1
+
+An unknown key is refused with the keys there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lathe.errors import RequestError
+from lathe.reshape.heal import HealSettings
+from lathe.reshape.resize import METHODS
+from lathe.reshape.text import TextSettings
+from lathe.spec import Spec, choice, size
+
+_TEXTS: dict[str, type[TextSettings | HealSettings]] = {
+    "calibrate": TextSettings,
+    "data": TextSettings,
+    "heal": HealSettings,
+}
+_PLAIN = ("method", "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResizeRequest(Spec):
+    """What a resize is asked.
+
+    Args:
+        calibrate: the text that the cut is fitted on.
+        data: the text that it is measured on; where left out, a tenth of `calibrate` is kept apart for it.
+        objective: what the model predicts: its name and settings; what its head says where left out.
+    """
+
+    source: str
+    changes: dict  # type: ignore[type-arg]
+    method: str = choice(*METHODS, default="rotate")
+    calibrate: TextSettings | None = None
+    data: TextSettings | None = None
+    heal: HealSettings | None = None
+    objective: dict = field(default_factory=dict)  # type: ignore[type-arg]
+    seed: int = size(2**32 - 1, least=0, default=0)  # of the weights that growth draws
+    own_form: bool = False  # write what no stock file can hold
+    device: str = "auto"  # for healing; the cut itself is computed on the CPU
+
+    def check(self) -> None:
+        if not self.changes:
+            raise RequestError("nothing to change: give field=value, as in d_model=384")
+
+
+def read_request(
+    source: str, words: Mapping[str, Any], *, own_form: bool = False, device: str = "auto"
+) -> ResizeRequest:
+    """The record that words ask for; a word that is no key of the request is a field of the architecture.
+
+    Args:
+        words: dotted keys to values. `calibrate=FILE`, `data=FILE` and `heal=FILE` are short for `….file`, and
+            `objective=NAME` for `objective.name`.
+
+    Raises:
+        RequestError: an unknown key, a value that cannot be, settings of a text that is not given.
+    """
+    values: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
+    for key, value in words.items():
+        first, _, rest = key.partition(".")
+        if first in _TEXTS:
+            values.setdefault(first, {})[rest or "file"] = value
+        elif first == "objective":
+            values.setdefault(first, {})[rest or "name"] = value
+        elif key in _PLAIN:
+            values[key] = value
+        else:
+            changes[key] = value
+    for name, kind in _TEXTS.items():
+        if name not in values:
+            continue
+        if "file" not in values[name]:
+            raise RequestError(f"{name}.{next(iter(values[name]))} is set and there is no text: give {name}=FILE")
+        values[name] = kind.from_dict(values[name], name)
+    return ResizeRequest(source=source, changes=changes, own_form=own_form, device=device, **values)
+
+
+def read_text(name: str, words: Mapping[str, Any]) -> TextSettings | None:
+    """The settings of one text among the words; None where there are none."""
+    values = {key.partition(".")[2] or "file": v for key, v in words.items() if key.partition(".")[0] == name}
+    if not values:
+        return None
+    if "file" not in values:
+        raise RequestError(f"{name}.{next(iter(values))} is set and there is no text: give {name}=FILE")
+    return TextSettings.from_dict(values, name)

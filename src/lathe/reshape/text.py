@@ -1,0 +1,269 @@
+"""The text that a cut is fitted on, and the text that it is measured on, as batches.
+
+A file is anything that `lathe.data.read` opens. What a model is shown of it is what it was trained to be shown: its
+objective follows from its stacks and its head, and masks or corrupts the text as the training did, because the
+statistics of unmasked text are not those that the model runs on.
+
+Documents are drawn at random, as the seed says, until there are enough tokens: files are often sorted. Where no other
+text is given to measure on, every tenth of them is kept apart for that and fits nothing. The text is known by the
+SHA-256 of the documents that were used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from torch import Tensor
+
+from lathe.architecture import Architecture
+from lathe.data.batch import Batch
+from lathe.data.batches import Batches
+from lathe.data.corpus import Corpus
+from lathe.data.sources import read
+from lathe.data.tokenise import special_tokens
+from lathe.errors import RequestError
+from lathe.objectives.base import Objective
+from lathe.objectives.by_name import objective
+from lathe.objectives.causal import Causal
+from lathe.spec import Spec, size
+from lathe.text.tokenizer import Tokenizer
+
+_DOCUMENTS_AT_ONCE = 64
+_MOST_CHARACTERS = 200_000_000  # of a file, among which documents are drawn
+_TOO_LONG = 0.8  # a document is cut where less than this share of it is still needed
+_APART_EVERY = 10  # of the documents, where one file has to serve for both
+_LONGEST_ROW = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings(Spec):
+    """Which text, how much of it, and how it is laid into rows."""
+
+    file: str
+    field: str = "text"  # the column, where the file has several
+    format: str | None = None  # by the file's name
+    tokens: int = size(2**40, default=65_536)  # as many as there are, where there are fewer
+    length: int | None = size(2**24, least=8, default=None)  # positions of a row; 256, or what the model has
+    rows: int = size(2**20, default=16)  # in a batch
+    seed: int = size(2**32 - 1, least=0, default=0)  # of what the objective hides
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Some documents of a source, as text.
+
+    Args:
+        texts: in the source's order.
+        digest: the SHA-256 of them all.
+    """
+
+    texts: tuple[str, ...]
+    digest: str
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> Documents:
+        """Documents with their digest."""
+        kept = tuple(texts)
+        hashed = hashlib.sha256()
+        for text in kept:
+            hashed.update(json.dumps(text).encode("ascii") + b"\n")
+        return cls(kept, hashed.hexdigest())
+
+    def __bool__(self) -> bool:
+        return bool(self.texts)
+
+
+def read_documents(settings: TextSettings, tokenizer: Tokenizer, *, apart: bool) -> tuple[Documents, Documents]:
+    """As many documents as hold `settings.tokens` tokens, and those kept apart to measure on.
+
+    Args:
+        apart: keep every tenth document apart; otherwise there are none.
+
+    Raises:
+        RequestError: no such file or column, text that is not UTF-8 or that the tokenizer cannot read.
+    """
+    drawn = iter(_drawn(settings))
+    used: list[str] = []
+    held: list[str] = []
+    tokens, number = 0, 0
+    while tokens < settings.tokens and (group := list(islice(drawn, _DOCUMENTS_AT_ONCE))):
+        for text, ids in zip(group, tokenizer.encode_batch(group, add_special_tokens=False)):
+            number += 1
+            if apart and number % _APART_EVERY == 0:
+                held.append(text)
+            elif tokens < settings.tokens:
+                used.append(_cut(text, (settings.tokens - tokens) / max(len(ids), 1)))
+                tokens += len(ids)
+    if apart and used and not held:
+        used, held = _split(used)
+    return Documents.of(used), Documents.of(held)
+
+
+def _drawn(settings: TextSettings) -> list[str]:
+    """The documents of the file, or of its beginning where it is very large, in an order that the seed says."""
+    texts: list[str] = []
+    characters = 0
+    for record in read(settings.file, fields={"text": settings.field}, format=settings.format):
+        texts.append(record["text"])
+        characters += len(record["text"])
+        if characters > _MOST_CHARACTERS:
+            break
+    random.Random(settings.seed).shuffle(texts)
+    return texts
+
+
+def _cut(text: str, share: float) -> str:
+    """The beginning of a document that is far longer than what is still needed, up to a space."""
+    if share > _TOO_LONG:
+        return text
+    place = text.rfind(" ", 0, int(len(text) * share))
+    return text[:place] if place > 0 else text
+
+
+def _split(texts: list[str]) -> tuple[list[str], list[str]]:
+    """Few documents, and the last tenth of the longest one apart from them; none apart where that is no text."""
+    longest = max(range(len(texts)), key=lambda number: len(texts[number]))
+    text = texts[longest]
+    place = text.rfind(" ", 0, len(text) - len(text) // _APART_EVERY)
+    if place < 1 or not text[place:].strip():
+        return texts, []
+    return [*texts[:longest], text[:place], *texts[longest + 1 :]], [text[place + 1 :]]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Documents as batches for one model.
+
+    Args:
+        batches: with labels, where the model has an objective.
+        objective: None for a model that predicts no token.
+        tokens: of the documents, without marks.
+        n_bytes: of the documents, in UTF-8.
+        targets_of_text: how many tokens a causal model predicts of them, marks included; None for any other.
+    """
+
+    documents: Documents
+    batches: list[Batch]
+    objective: Objective | None
+    length: int
+    tokens: int
+    n_bytes: int
+    targets_of_text: int | None
+
+    @property
+    def inputs(self) -> list[Mapping[str, Tensor]]:
+        """The keyword arguments of the model, batch by batch."""
+        return [batch.inputs for batch in self.batches]
+
+
+def lay(
+    documents: Documents,
+    settings: TextSettings,
+    architecture: Architecture,
+    tokenizer: Tokenizer,
+    asked: Mapping[str, Any] | None = None,
+) -> Text:
+    """The documents as the batches that a model of this architecture is shown.
+
+    Args:
+        asked: the objective's name and settings; what the model's head says where left out.
+
+    Raises:
+        RequestError: text too short for a row, or an objective that does not fit the model.
+    """
+    made = natural_objective(architecture, tokenizer, asked)
+    encoded = tokenizer.encode_batch(list(documents.texts), add_special_tokens=False)
+    tokens, n_bytes = sum(map(len, encoded)), sum(len(text.encode()) for text in documents.texts)
+    length = row_length(settings, architecture)
+    if made is None:
+        shown = list(_unlabelled(documents.texts, settings.rows, length, architecture, tokenizer))
+        return Text(documents, shown, None, length, tokens, n_bytes, None)
+    batches = Batches(
+        Corpus.of(tokenizer.vocab_size, text=encoded), made, length=length, rows=settings.rows, seed=settings.seed
+    )
+    batches.fit(architecture)
+    predicted = None
+    if isinstance(made, Causal):
+        predicted = tokens + (len(batches.pieces) if made.special.eos is not None else 0)
+    return Text(documents, batches.one_pass(), made, length, tokens, n_bytes, predicted)
+
+
+def endless(
+    documents: Documents,
+    settings: TextSettings,
+    architecture: Architecture,
+    tokenizer: Tokenizer,
+    asked: Mapping[str, Any] | None = None,
+) -> Batches:
+    """The documents as batches to train on, in a new order each epoch.
+
+    Raises:
+        RequestError: a model that predicts no token; as `lay` otherwise.
+    """
+    made = natural_objective(architecture, tokenizer, asked)
+    if made is None:
+        raise RequestError("this model predicts no tokens, so text alone cannot heal it; train it with lathe train")
+    corpus = Corpus.of(
+        tokenizer.vocab_size, text=tokenizer.encode_batch(list(documents.texts), add_special_tokens=False)
+    )
+    length = row_length(settings, architecture)
+    batches = Batches(corpus, made, length=length, rows=settings.rows, seed=settings.seed)
+    batches.fit(architecture)
+    return batches
+
+
+def row_length(settings: TextSettings, architecture: Architecture) -> int:
+    """Positions of a row: as asked, else 256 or as many as the model has."""
+    if settings.length is not None:
+        return settings.length
+    limits = [stack.positions.limit for _, stack in architecture.stacks]
+    return min([_LONGEST_ROW, *(limit for limit in limits if limit is not None)])
+
+
+def natural_objective(
+    architecture: Architecture, tokenizer: Tokenizer, asked: Mapping[str, Any] | None = None
+) -> Objective | None:
+    """What the model predicts: as asked, else causal, masked, span corruption or denoising by its stacks and tokens.
+
+    None for a model without a language head.
+
+    Raises:
+        RequestError: an objective that does not fit the model or its tokenizer.
+    """
+    special = special_tokens(tokenizer, architecture)
+    if asked:
+        settings = {key: value for key, value in asked.items() if key != "name"}
+        made = objective(str(asked.get("name")), special, **settings)
+    elif architecture.head.language is None:
+        return None
+    elif architecture.encoder is None:
+        made = objective("causal", special)
+    elif architecture.decoder is None:
+        made = objective("masked", special)
+    else:
+        made = objective("span_corruption" if special.sentinels else "denoising", special)
+    made.fit(architecture)
+    if tuple(made.reads) != ("text",):
+        raise RequestError(
+            f"the objective {made.name} reads {', '.join(made.reads)}; a cut is measured on plain text, so choose "
+            "causal, masked, span_corruption or denoising"
+        )
+    return made
+
+
+def _unlabelled(
+    texts: Sequence[str], rows: int, length: int, architecture: Architecture, tokenizer: Tokenizer
+) -> Iterator[Batch]:
+    """Whole texts, padded, for a model that has nothing to predict."""
+    if architecture.decoder is not None and architecture.encoder is not None:
+        raise RequestError("an encoder and a decoder without a language head: give calibrate as batches, from Python")
+    for start in range(0, len(texts), rows):
+        given = tokenizer(list(texts[start : start + rows]), truncation=True, max_length=length)
+        inputs = dict(given)
+        yield Batch(inputs, int(inputs["attention_mask"].sum()), 0, f"row {start}")
