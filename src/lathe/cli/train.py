@@ -1,4 +1,7 @@
-"""`lathe train RUN.yaml [key=value …]` and `lathe train MODEL --data FILE objective=… steps=…`."""
+"""`lathe train RUN.yaml [key=value …]` and `lathe train MODEL --data FILE objective=… steps=…`.
+
+`torchrun --nproc-per-node 2 -m lathe train …` is the same on several processes; the first of them speaks for all.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from lathe.errors import RequestError
 if TYPE_CHECKING:
     from lathe.cli.output import Advance
     from lathe.train.job import Job
-    from lathe.train.loop import StepReport
+    from lathe.train.loop import StepReport, TrainResult
+    from lathe.train.ranks import Ranks
 
 _PARTS = 1000  # of a budget that is not counted in steps
 
@@ -51,32 +55,42 @@ def command(
         if key in words or (key == "data.train" and "data" in words):
             raise RequestError(f"{key} is set twice, by an option and by a word; set it once")
         words[key] = value
-    tree: Any = {}
-    if Path(model).suffix in (".yaml", ".yml"):
-        tree = read_yaml(Path(model))
-    else:
-        words["model"] = model
-    _train(tree, words, resume, as_json)
+    from lathe.train.ranks import joined
+
+    with joined() as ranks:
+        if Path(model).suffix in (".yaml", ".yml"):
+            _train(read_yaml(Path(model)), words, ranks, resume, as_json)
+        else:
+            _train({}, {**words, "model": model}, ranks, resume, as_json)
 
 
-def _train(tree: Any, words: dict[str, Any], resume: bool, as_json: bool) -> None:
-    from lathe.cli.output import answers, emit_json, progress, say
+def _train(tree: Any, words: dict[str, Any], ranks: Ranks, resume: bool, as_json: bool) -> None:
+    from lathe.cli.output import progress, say
     from lathe.train.job import open_job
     from lathe.train.request import read_request
 
     request = read_request(tree, words)
+    if not ranks.main:
+        open_job(request, ranks).run(resume=resume)
+        return
     say(f"reading {', '.join(request.data.files(validation=False) or request.data.tasks)}")
-    job = open_job(request)
+    job = open_job(request, ranks)
     say(f"{_about(job)}; the run is kept in {request.folder}")
     total = request.steps or _PARTS
     with progress("training", total) as advance:
         result = job.run(resume=resume, on_step=_Meter(job, total, advance))
-    answer = _answer(request.folder)
+    _show(request.folder, result, as_json)
+
+
+def _show(folder: Path, result: TrainResult, as_json: bool) -> None:
+    from lathe.cli.output import answers, emit_json
+
+    answer = _answer(folder)
     if as_json:
         emit_json(answer)
         return
     if not result.steps:
-        answers().print(f"the run in {request.folder} is finished already; nothing was left to do", soft_wrap=True)
+        answers().print(f"the run in {folder} is finished already; nothing was left to do", soft_wrap=True)
         return
     found = answer["evaluation"]
     held_out = f", validation loss {found['loss']:.4f}" if found else ""
@@ -88,8 +102,9 @@ def _about(job: Job) -> str:
 
     model, corpus = job.subject.model, job.batches.corpus
     parameters = sum(p.size for p in stored(model.architecture) if p.trained)
+    place = model.device.type if job.ranks.size == 1 else f"{job.ranks.size} processes on {model.device.type}"
     return (
-        f"{parameters:,} parameters on {model.device.type}; {len(corpus):,} documents of {corpus.n_tokens:,} tokens, "
+        f"{parameters:,} parameters on {place}; {len(corpus):,} documents of {corpus.n_tokens:,} tokens, "
         f"objective {job.request.objective['name']}"
     )
 
@@ -102,7 +117,7 @@ class _Meter:
 
         self.job, self.total, self.advance = job, total, advance
         self.training = job.request.training(job.subject.model.device.type)
-        self.peak = matrix_peak(job.subject.model.device, self.training.precision)
+        self.peak = job.ranks.size * matrix_peak(job.subject.model.device, self.training.precision)
         self.shown = 0
         self.before: tuple[int, int, float, float] | None = None  # tokens, targets, progress, clock: at the first step
 

@@ -28,6 +28,8 @@ from lathe.presets import heads, names, preset
 from lathe.text.tokenizer import Tokenizer
 from lathe.train.loop import StepReport, TrainResult
 from lathe.train.machine import pick_device
+from lathe.train.parallel import choose
+from lathe.train.ranks import ALONE, Ranks
 from lathe.train.reading import training_corpus, validation_corpus
 from lathe.train.request import RunSettings
 from lathe.train.run import fit
@@ -66,6 +68,7 @@ class Job:
     subject: Subject
     batches: Batches
     evaluation: list[Any] | None
+    ranks: Ranks = ALONE
 
     def run(self, *, resume: bool = False, on_step: Callable[[StepReport], None] | None = None) -> TrainResult:
         """Train; see `lathe.train.fit`."""
@@ -82,16 +85,27 @@ class Job:
             asked={"data": {"rows": request.data.rows}},
             notes={"run.json": json.dumps(request.to_dict(), indent=2, ensure_ascii=False) + "\n"},
             on_step=on_step,
+            ranks=self.ranks,
         )
 
 
-def open_job(request: RunSettings) -> Job:
+def open_job(request: RunSettings, ranks: Ranks = ALONE) -> Job:
     """Open the model, the tokenizer and the data of a request, and check that they fit.
+
+    Of several ranks on one machine the first opens everything before the others do: what has to be downloaded or
+    tokenised is in the caches then.
 
     Raises:
         RequestError: something is missing, or does not fit the rest.
     """
-    subject = open_subject(request.model, request.tokenizer, request.architecture, request.seed, request.device)
+    choose(request, ranks)
+    device = str(pick_device(request.device, ranks))
+    with ranks.first_here():
+        return _opened(request, ranks, device)
+
+
+def _opened(request: RunSettings, ranks: Ranks, device: str) -> Job:
+    subject = open_subject(request.model, request.tokenizer, request.architecture, request.seed, device)
     made = make_objective(subject, request.objective)
     data = request.data
     batches = Batches(
@@ -101,6 +115,8 @@ def open_job(request: RunSettings) -> Job:
         target_length=data.target_length,
         rows=data.rows,
         seed=data.seed,
+        rank=ranks.rank,
+        n_ranks=ranks.size,
     )
     batches.fit(subject.model.architecture)
     held_out = None
@@ -108,7 +124,7 @@ def open_job(request: RunSettings) -> Job:
     if text is not None:
         fixed = Batches(text, made, length=data.length, rows=data.rows, seed=data.seed)
         held_out = fixed.one_pass(data.validation_batches)
-    return Job(request, subject, batches, held_out)
+    return Job(request, subject, batches, held_out, ranks)
 
 
 def make_objective(subject: Subject, asked: Mapping[str, Any]) -> Objective:
