@@ -29,6 +29,7 @@ from lathe.errors import LatheError, RequestError
 VERBS: dict[str, str] = {
     "plan": "lathe.cli.plan",
     "resize": "lathe.cli.resize",
+    "compare": "lathe.cli.compare",
     "train": "lathe.cli.train",
     "evaluate": "lathe.cli.evaluate",
     "report": "lathe.cli.report",

@@ -15,7 +15,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from lathe.errors import LatheError
@@ -80,6 +80,18 @@ def progress(title: str, total: int) -> Iterator[Advance]:
     console = messages()
     with _bar(console, title, total) if console.is_terminal else _lines(console, title, total) as advance:
         yield advance
+
+
+class Terminal:
+    """Remarks and progress on stderr, for library functions that report what they do."""
+
+    def say(self, line: str) -> None:
+        """One line about the work."""
+        say(line)
+
+    def work(self, title: str, total: int) -> AbstractContextManager[Advance]:
+        """Work of `total` units; the function yielded is told how many are done."""
+        return progress(title, total)
 
 
 @contextmanager

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lathe.cli.output import Advance, answers, emit_json, progress, say
+from lathe.cli.output import Terminal, answers, emit_json
 from lathe.errors import RequestError
 
 if TYPE_CHECKING:
@@ -37,25 +35,13 @@ def command(
     # Only what an earlier quickstart wrote is replaced.
     mine = (folder / _RESULT).is_file()
     with atomic_directory(folder, replace=mine) as made:
-        journey = run(family, made, seed=seed, reporter=_Terminal())
+        journey = run(family, made, seed=seed, reporter=Terminal())
         (made / "report.html").write_text(page(journey), encoding="utf-8")
         (made / _RESULT).write_text(_text(journey), encoding="utf-8")
     if as_json:
         emit_json({**journey.to_dict(), "folder": str(folder)})
     else:
         _show(journey, folder)
-
-
-class _Terminal:
-    """Progress and remarks on stderr."""
-
-    def say(self, line: str) -> None:
-        say(line)
-
-    @contextmanager
-    def work(self, title: str, total: int) -> Iterator[Advance]:
-        with progress(title, total) as advance:
-            yield advance
 
 
 def _text(journey: Journey) -> str:

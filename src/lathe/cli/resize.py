@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lathe.cli.output import Advance, answers, emit_json, progress, say
+from lathe.cli.output import Terminal, answers, emit_json
 from lathe.cli.settings import parse_settings
 from lathe.errors import RequestError
 
@@ -80,7 +78,7 @@ def _resize(
         job = open_job(read_request(source, words, own_form=own_form, device=device))
     if run is not None and job.request.heal is None:
         raise RequestError("--run keeps the healing's run, and nothing heals here: leave it out, or give --heal FILE")
-    outcome = run_job(job, destination, pages=pages, run=run, reporter=_Terminal())
+    outcome = run_job(job, destination, pages=pages, run=run, reporter=Terminal())
     if as_json:
         emit_json({"directory": str(destination), **outcome.to_dict()})
     else:
@@ -116,22 +114,10 @@ def _require_free(destination: Path) -> None:
         raise RequestError(f"{destination} already exists and is not empty: choose another directory")
 
 
-class _Terminal:
-    """Progress and remarks on stderr."""
-
-    def say(self, line: str) -> None:
-        say(line)
-
-    @contextmanager
-    def work(self, title: str, total: int) -> Iterator[Advance]:
-        with progress(title, total) as advance:
-            yield advance
-
-
 def _show(outcome: Outcome, destination: Path) -> None:
     from rich.table import Table
 
-    from lathe.report.resizing import SIZES, reload_lines, size_cells, step_cells
+    from lathe.report.resizing import reload_lines, size_table, step_cells
 
     console = answers()
     for name, kind, moved, _, loss, difference in step_cells(outcome):
@@ -140,7 +126,8 @@ def _show(outcome: Outcome, destination: Path) -> None:
     table = Table("", "source", "result")
     for number in (1, 2):
         table.columns[number].justify = "right"
-    for row in zip(SIZES, *size_cells(outcome.source, outcome.result)):
+    header, rows = size_table(outcome.source, outcome.result)
+    for row in zip(header, *rows):
         table.add_row(*row)
     console.print(table)
     for line in reload_lines(outcome):

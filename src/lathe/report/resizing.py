@@ -28,7 +28,7 @@ def page(outcome: Outcome, recipe: Recipe) -> str:
     """The report as one HTML file."""
     made = Page(_title(outcome), f"made by Lathe {__version__} in {outcome.seconds:,.0f} seconds")
     made.text(_summary(outcome))
-    made.table(SIZES, size_cells(outcome.source, outcome.result), marked=1)
+    made.table(*size_table(outcome.source, outcome.result), marked=1)
     points = _points(outcome)
     if len(points) > 1:
         made.picture(
@@ -41,8 +41,7 @@ def page(outcome: Outcome, recipe: Recipe) -> str:
         "change over that of the logits before the step; the loss is that of the model after it."
     )
     made.table(STEPS, step_cells(outcome))
-    for number, step in enumerate(outcome.steps, start=1):
-        _detail(made, number, step)
+    _details(made, outcome.steps)
     made.heading("Opened again from the disk")
     for line in reload_lines(outcome):
         made.text(line)
@@ -78,7 +77,7 @@ def card(outcome: Outcome, recipe: Recipe) -> str:
         "",
         _summary(outcome),
         "",
-        *_markdown(SIZES, size_cells(outcome.source, outcome.result)),
+        *_markdown(*size_table(outcome.source, outcome.result)),
         "",
         "## Steps",
         "",
@@ -107,12 +106,18 @@ def card(outcome: Outcome, recipe: Recipe) -> str:
 # --- cells, which the command line prints as well
 
 
-SIZES = ("model", "parameters", "bytes of weights", "loss", "perplexity", "bits/byte", "tokens/s")
-STEPS = ("step", "", "logits moved", "parameters", "loss after", "change")
+_SIZES = ("model", "parameters", "bytes of weights", "loss", "perplexity", "bits/byte", "tokens/s")
+STEPS = ("step", "kind", "logits moved", "parameters", "loss after", "change")
 
 
-def size_cells(source: Size, result: Size) -> list[tuple[str, ...]]:
-    """Source and result side by side, differences included."""
+def size_table(source: Size, result: Size) -> tuple[list[str], list[tuple[str, ...]]]:
+    """A header, and source and result below each other with their differences; empty columns are left out."""
+    rows = _size_cells(source, result)
+    kept = [column for column in range(len(_SIZES)) if any(row[column] != "–" for row in rows)]
+    return [_SIZES[column] for column in kept], [tuple(row[column] for column in kept) for row in rows]
+
+
+def _size_cells(source: Size, result: Size) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for size in (source, result):
         first = size is source
@@ -205,18 +210,27 @@ def _points(outcome: Outcome) -> list[Point]:
     return points
 
 
-def _detail(made: Page, number: int, step: Done) -> None:
-    """What the step measured of itself."""
-    if not step.detail:
-        return
-    made.text(f"{number}. {step.name}: {step.measures or 'what the step measured of itself'}.")
-    values = dict(step.detail)
-    if len(values) > _MOST_DETAILS:
-        places = list(range(1, len(values) + 1))
-        made.picture(curves({step.name: (places, list(values.values()))}, x="place in the model", y=""), step.measures)
-        values = dict(sorted(values.items(), key=lambda item: item[1])[:8])
-        made.text("The lowest of them:")
-    made.facts({name: f"{value:.4f}" for name, value in values.items()})
+def _details(made: Page, steps: Sequence[Done]) -> None:
+    """What the steps measured of themselves: a table for each kind of number, a column for each step."""
+    kinds: dict[str, list[tuple[int, Done]]] = {}
+    for number, step in enumerate(steps, start=1):
+        if step.detail:
+            kinds.setdefault(step.measures or "what the step measured of itself", []).append((number, step))
+    for measures, mine in kinds.items():
+        made.text(f"{measures[0].upper()}{measures[1:]}:")
+        names = list(dict.fromkeys(name for _, step in mine for name in step.detail))
+        if len(names) > _MOST_DETAILS:
+            lines = {f"{n}. {s.name}": (range(1, len(s.detail) + 1), list(s.detail.values())) for n, s in mine}
+            made.picture(curves(lines, x="place in the model", y=""), measures)
+            last = mine[-1][1].detail
+            names = sorted(last, key=lambda name: last[name])[:8]
+            made.text("The lowest of them:")
+        rows = [(name, *(_detail(step, name) for _, step in mine)) for name in names]
+        made.table(("", *(f"step {number}" for number, _ in mine)), rows)
+
+
+def _detail(step: Done, name: str) -> str:
+    return f"{step.detail[name]:.4f}" if name in step.detail else "–"
 
 
 def _goes_on(steps: Sequence[Done], number: int) -> bool:

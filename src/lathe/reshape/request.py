@@ -73,7 +73,7 @@ def read_request(
         if first in _TEXTS:
             values.setdefault(first, {})[rest or "file"] = value
         elif first == "objective":
-            values.setdefault(first, {})[rest or "name"] = value
+            continue
         elif key in _PLAIN:
             values[key] = value
         else:
@@ -84,7 +84,9 @@ def read_request(
         if "file" not in values[name]:
             raise RequestError(f"{name}.{next(iter(values[name]))} is set and there is no text: give {name}=FILE")
         values[name] = kind.from_dict(values[name], name)
-    return ResizeRequest(source=source, changes=changes, own_form=own_form, device=device, **values)
+    return ResizeRequest(
+        source=source, changes=changes, objective=read_objective(words), own_form=own_form, device=device, **values
+    )
 
 
 def read_text(name: str, words: Mapping[str, Any]) -> TextSettings | None:
@@ -95,3 +97,10 @@ def read_text(name: str, words: Mapping[str, Any]) -> TextSettings | None:
     if "file" not in values:
         raise RequestError(f"{name}.{next(iter(values))} is set and there is no text: give {name}=FILE")
     return TextSettings.from_dict(values, name)
+
+
+def read_objective(words: Mapping[str, Any]) -> dict[str, Any]:
+    """The objective's name and settings among the words; empty where there are none."""
+    return {
+        key.partition(".")[2] or "name": value for key, value in words.items() if key.partition(".")[0] == "objective"
+    }

@@ -17,6 +17,7 @@ from lathe.families import objections
 from lathe.reshape.resize import planned
 
 _MOST_TRIES = 64
+_ROUND = 8
 
 
 def half_way(
@@ -53,7 +54,8 @@ def _between(
 ) -> int | None:
     """The size nearest to the geometric mean from which the wanted one can be reached."""
     middle = round(math.sqrt(old * new))
-    nearest = sorted(range(new + 1, old), key=lambda size: abs(size - middle))
+    step = _ROUND if middle >= 8 * _ROUND else 1  # a large size is a round one
+    nearest = sorted((size for size in range(new + 1, old) if size % step == 0), key=lambda size: abs(size - middle))
     for size in nearest[:_MOST_TRIES]:
         try:
             target, _ = planned(source, {**first, path: size}, method=method, own_form=own_form)

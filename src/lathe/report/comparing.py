@@ -1,0 +1,220 @@
+"""Any models on the same text, side by side: `lathe compare`.
+
+Every model is shown the same documents, through its own tokenizer and as its own objective wants them. Losses are per
+token, so they can be compared where the tokenizer and the objective are the same; bits per byte, which causal models
+have, can be compared always. The page says which it is. Speeds are measured in turns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lathe._version import __version__
+from lathe.checkpoint.atomic import atomic_directory
+from lathe.errors import RequestError
+from lathe.planner.quantities import bytes_text
+from lathe.report.frontier import Point, best, frontier_svg, write_frontier_png
+from lathe.report.html import Page
+from lathe.reshape.job import Reporter, Silent, Source, open_source
+from lathe.reshape.measure import Quality, parameters_of, quality, speeds, weight_bytes
+from lathe.reshape.text import Text, TextSettings, lay, read_documents
+from lathe.train.machine import pick_device
+
+_HEADER = ("model", "parameters", "weights", "loss", "perplexity", "bits/byte", "tokens/s")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model.
+
+    Args:
+        loss: nats a target.
+        bits_per_byte: of a causal model.
+        objective: what it predicts.
+        tokenizer: the first digits of a digest of its tokenizer's files.
+    """
+
+    name: str
+    parameters: int
+    bytes: int
+    loss: float
+    perplexity: float
+    bits_per_byte: float | None
+    tokens_per_second: float
+    objective: str
+    tokenizer: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Models on one text.
+
+    Args:
+        documents, digest: how many documents, and their SHA-256.
+        measure: what is compared, `loss` or `bits_per_byte`.
+        note: why losses of some of them cannot be compared; empty where they can.
+    """
+
+    rows: tuple[Row, ...]
+    data: str
+    documents: int
+    digest: str
+    measure: str
+    note: str
+
+    @property
+    def points(self) -> list[Point]:
+        """The models on the plane of parameters and what is compared."""
+        return [Point(row.name, row.parameters, float(getattr(row, self.measure))) for row in self.rows]
+
+    @property
+    def y(self) -> str:
+        """What is compared, with its unit."""
+        return "bits a byte of text" if self.measure == "bits_per_byte" else "loss, nats a target"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON values."""
+        return {**asdict(self), "frontier": [point.name for point in best(self.points)]}
+
+
+def compare(
+    models: Sequence[str],
+    data: TextSettings,
+    *,
+    objective: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    reporter: Reporter | None = None,
+) -> Comparison:
+    """Measure models on the same text.
+
+    Args:
+        models: directories or hub ids.
+        objective: what they predict; what each one's head says where left out.
+
+    Raises:
+        RequestError: no such model, no tokenizer, a model that predicts no token, or a name twice.
+    """
+    if len(set(models)) < len(models):
+        raise RequestError(f"{next(name for name in models if models.count(name) > 1)} is named twice; name it once")
+    say = (reporter or Silent()).say
+    where = pick_device(device)
+    opened = [open_source(name) for name in models]
+    for each in opened:
+        if each.tokenizer is None:
+            raise RequestError(f"{each.name} holds no tokenizer to read the text with; put its tokenizer beside it")
+    assert opened[0].tokenizer is not None
+    documents, _ = read_documents(data, opened[0].tokenizer, apart=False)
+    texts: dict[str, Text] = {}
+    found: dict[str, Quality] = {}
+    for each in opened:
+        assert each.tokenizer is not None
+        each.model.to(where)
+        texts[each.name] = lay(documents, data, each.model.architecture, each.tokenizer, objective)
+        measured = quality(each.model, texts[each.name])
+        if measured is None:
+            raise RequestError(f"{each.name} predicts no tokens, so it has no loss on text; leave it out")
+        found[each.name] = measured
+        say(f"{each.name}: loss {measured.loss:.4f}")
+    speed = speeds({each.name: (each.model, texts[each.name].batches) for each in opened})
+    rows = tuple(_row(each, found[each.name], speed[each.name], texts[each.name]) for each in opened)
+    measure, note = _judged(rows)
+    return Comparison(rows, data.file, len(documents.texts), documents.digest, measure, note)
+
+
+def _row(source: Source, found: Quality, speed: float, text: Text) -> Row:
+    assert text.objective is not None
+    assert source.tokenizer is not None
+    files = hashlib.sha256()
+    for content in sorted(source.tokenizer.files.values()):
+        files.update(content)
+    return Row(
+        source.name,
+        parameters_of(source.model),
+        weight_bytes(source.directory),
+        found.loss,
+        found.perplexity,
+        found.bits_per_byte,
+        speed,
+        text.objective.name,
+        files.hexdigest()[:12],
+    )
+
+
+def _judged(rows: Sequence[Row]) -> tuple[str, str]:
+    """What the rows can be compared by, and what cannot."""
+    if len({row.tokenizer for row in rows}) == 1 and len({row.objective for row in rows}) == 1:
+        return "loss", ""
+    if all(row.bits_per_byte is not None for row in rows):
+        return "bits_per_byte", "The tokenizers differ, so losses a token do not compare; bits a byte do."
+    return "loss", (
+        "The models have different tokenizers or objectives, so their losses do not compare: "
+        + "; ".join(f"{row.name} is {row.objective} with tokenizer {row.tokenizer}" for row in rows)
+        + "."
+    )
+
+
+def table(comparison: Comparison) -> tuple[list[str], list[tuple[str, ...]]]:
+    """A header and a row for each model; differences are against the first. Empty columns are left out."""
+    rows = _cells(comparison)
+    kept = [column for column in range(len(_HEADER)) if any(row[column] != "–" for row in rows)]
+    return [_HEADER[column] for column in kept], [tuple(row[column] for column in kept) for row in rows]
+
+
+def _cells(comparison: Comparison) -> list[tuple[str, ...]]:
+    first = comparison.rows[0]
+    rows: list[tuple[str, ...]] = []
+    for row in comparison.rows:
+        other = row is not first
+        comparable = other and comparison.measure == "loss" and not comparison.note
+        rows.append(
+            (
+                row.name,
+                f"{row.parameters:,}" + (f" {row.parameters / first.parameters - 1:+.0%}" if other else ""),
+                bytes_text(row.bytes),
+                f"{row.loss:.4f}" + (f" {row.loss - first.loss:+.4f}" if comparable else ""),
+                f"{row.perplexity:,.2f}",
+                "–" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}",
+                f"{row.tokens_per_second:,.0f}"
+                + (f" ×{row.tokens_per_second / first.tokens_per_second:.2f}" if other else ""),
+            )
+        )
+    return rows
+
+
+def page(comparison: Comparison) -> str:
+    """The comparison as one HTML file."""
+    made = Page(f"{len(comparison.rows)} models on {comparison.data}", f"measured by Lathe {__version__}")
+    made.text(f"{comparison.documents:,} documents, the same for every model. {comparison.note}".rstrip())
+    made.table(*table(comparison))
+    made.picture(
+        frontier_svg(comparison.points, y=comparison.y),
+        "Down and to the left is better. The line joins the models that no other beats in both.",
+    )
+    made.heading("What was measured")
+    made.facts(
+        {
+            "text": f"{comparison.data}, SHA-256 of the documents {comparison.digest[:16]}…",
+            "on the frontier": ", ".join(point.name for point in best(comparison.points)),
+            **{row.name: f"{row.objective}, tokenizer {row.tokenizer}" for row in comparison.rows},
+        }
+    )
+    return made.render()
+
+
+def write(comparison: Comparison, folder: Path) -> None:
+    """`compare.html`, `frontier.png` and `compare.json` in a directory that does not exist yet.
+
+    Raises:
+        RequestError: it exists and is not empty.
+        LatheError: the disk is full; nothing is left.
+    """
+    with atomic_directory(folder) as made:
+        (made / "compare.html").write_text(page(comparison), encoding="utf-8")
+        text = json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False)
+        (made / "compare.json").write_text(text + "\n", encoding="utf-8")
+        write_frontier_png(comparison.points, made / "frontier.png", y=comparison.y)
