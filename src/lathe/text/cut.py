@@ -35,16 +35,16 @@ BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 class Pieces:
-    """A tokenizer's pieces, and what has to be kept of them."""
+    """A tokenizer's pieces, and what has to be kept of them, `reserved` ids among it."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, reserved: Iterable[int] = ()) -> None:
         self.tokenizer = tokenizer
         document = engine_document(tokenizer)
         self.model: dict[str, Any] = document["model"]
         self._parts = Parts(self.model) if self.model["type"] == "BPE" else None
         self.texts = {number: token for token, number in tokenizer.vocabulary.items()}
         self.added = frozenset(tokenizer.engine.get_added_tokens_decoder())
-        self.required = self.with_parts(self._required())
+        self.required = self.with_parts([*self._required(), *reserved])
 
     def with_parts(self, ids: Iterable[int]) -> frozenset[int]:
         """These ids and those that their pieces are merged from."""
@@ -109,7 +109,7 @@ class Pieces:
         found = set(self.tokenizer.special_ids | self.added)
         # A space that was spelt in bytes would not come back as one.
         found |= {number for token, number in ids.items() if BYTE.fullmatch(token) or token == SPACE}
-        for pieces in _sentencepieces(self.tokenizer.files).values():
+        for pieces in sentencepieces(self.tokenizer.files).values():
             found |= {ids[piece.text] for piece in pieces if piece.kind != Kind.NORMAL and piece.text in ids}
         if self.tokenizer.spells_bytes:
             from tokenizers import pre_tokenizers
@@ -163,7 +163,7 @@ def cut_files(tokenizer: Tokenizer, new: Mapping[int, int], texts: Mapping[str, 
     if names.TOKENIZER in files:
         files[names.TOKENIZER] = names.to_json(_document(names.read_json(files, names.TOKENIZER), new, texts))
     skip = tokenizer.settings.rules.skip if tokenizer.settings.rules else 0
-    for name, pieces in _sentencepieces(files).items():
+    for name, pieces in sentencepieces(files).items():
         files[name] = _sentencepiece(files[name], name, pieces, texts, skip)
     if names.VOCAB_TEXT in files:
         lines = files[names.VOCAB_TEXT].decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
@@ -249,7 +249,7 @@ def _merge_lines(text: str, texts: Mapping[str, int]) -> bytes:
     return "".join(f"{line}\n" for line in kept).encode("utf-8")
 
 
-def _sentencepieces(files: Mapping[str, bytes]) -> dict[str, tuple[Piece, ...]]:
+def sentencepieces(files: Mapping[str, bytes]) -> dict[str, tuple[Piece, ...]]:
     """The pieces of each SentencePiece file; beside a tokenizer.json one of that name may be another program's."""
     found = {}
     for name in names.PIECES:

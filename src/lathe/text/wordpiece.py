@@ -13,7 +13,7 @@ then trains plain BPE on the rewritten words, which it does in a fixed order, an
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from lathe.errors import RequestError
@@ -63,7 +63,7 @@ def train_wordpiece(
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(control), initial_alphabet=list(code.values()), show_progress=False
     )
-    engine.train_from_iterator(_coded(usable, code), trainer)
+    engine.train_from_iterator(in_portions(_coded(usable, code)), trainer)
     ids = engine.get_vocab()
     back = {coded: symbol for symbol, coded in code.items()}
     tokens = [*control, *(_plain(token, back) for token in sorted(ids, key=ids.__getitem__))]
@@ -109,7 +109,9 @@ def count_words(lines: Iterable[str], engine: tokenizers.Tokenizer) -> Counter[s
     normalise: Callable[[str], str] = engine.normalizer.normalize_str if engine.normalizer else str
     words: Counter[str] = Counter()
     for line in lines:
-        words.update(word for word, _ in engine.pre_tokenizer.pre_tokenize_str(normalise(line)))
+        text = normalise(line)
+        cut = engine.pre_tokenizer.pre_tokenize_str(text) if engine.pre_tokenizer else [(text, (0, len(text)))]
+        words.update(word for word, _ in cut if word)
     return words
 
 
@@ -142,12 +144,16 @@ def _symbols(word: str) -> Iterator[Symbol]:
     return ((character, place > 0) for place, character in enumerate(word))
 
 
-def _coded(words: dict[str, int], code: dict[Symbol, str]) -> Iterator[str]:
+def in_portions(words: Mapping[str, int]) -> Iterator[str]:
+    """Lines that hold each word as often as its count says, which is how the library's trainer is told a count."""
     for word, count in words.items():
-        coded = "".join(code[symbol] for symbol in _symbols(word))
         while count > 0:
-            yield " ".join([coded] * min(count, _PORTION))
+            yield " ".join([word] * min(count, _PORTION))
             count -= _PORTION
+
+
+def _coded(words: dict[str, int], code: dict[Symbol, str]) -> dict[str, int]:
+    return {"".join(code[symbol] for symbol in _symbols(word)): count for word, count in words.items()}
 
 
 def _plain(token: str, back: dict[str, Symbol]) -> str:
