@@ -21,6 +21,12 @@ ARGS ?=
 # Test processes. Each runs torch on one thread, so two keep both cores of a small machine busy.
 JOBS ?= 2
 
+# For results and benchmarks: which work, where the texts are, where to write, on how many threads.
+WORK ?=
+DATA ?=
+OUT ?= runs/results
+THREADS ?= 1
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 VERSION_OF = -c 'import sys; print("%d.%d" % sys.version_info[:2])'
@@ -28,11 +34,11 @@ export PYTHONUTF8 := 1
 
 # Two targets at once would be two pips in one environment.
 .NOTPARALLEL:
-.PHONY: help quickstart test lint format bench clean FORCE
+.PHONY: help quickstart test lint format bench bench-train results clean FORCE
 
 help: ## List the targets
 	@echo "Lathe cuts transformer language models to size. Targets:"
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
 quickstart: $(VENV)/.stamp-run ## Train a small model, cut it, heal it, measure it (FAMILY=gpt2)
 	@$(BIN)/lathe quickstart $(if $(FAMILY),--family $(FAMILY)) $(ARGS)
@@ -53,6 +59,16 @@ format: $(VENV)/.stamp-lint ## Put the code in the house style
 bench: $(VENV)/.stamp-test ## Measure Lathe side by side with its peers (ARGS="...")
 	$(BIN)/python -m benchmarks $(ARGS)
 
+bench-train: $(VENV)/.stamp-test ## Measure training beside transformers.Trainer (DATA=folder of the reviews)
+	$(BIN)/python -m benchmarks.train --data "$(DATA)" $(ARGS)
+
+results: $(VENV)/.stamp-results ## Rerun a work of docs/results.md (WORK=sentiment DATA=folder)
+	@test -f results/$(WORK).sh || { echo "make: WORK=$(WORK) is none of" results/*.sh >&2; exit 1; }
+	@test -d "$(DATA)" || { echo "make: DATA=$(DATA) is no folder; give the one that holds the texts" >&2; exit 1; }
+	@mkdir -p $(OUT)
+	cd $(OUT) && PATH="$(abspath $(BIN)):$$PATH" CONFIGS="$(CURDIR)/results" DATA="$(abspath $(DATA))" \
+		OMP_NUM_THREADS=$(THREADS) sh "$(CURDIR)/results/$(WORK).sh"
+
 clean: ## Remove the environment, the caches and what was built
 	rm -rf $(VENV) build dist quickstart .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -62,7 +78,7 @@ ifneq ($(origin PYTHON),file)
 $(VENV)/.stamp-venv: FORCE
 endif
 ifneq ($(origin TORCH),file)
-$(VENV)/.stamp-run $(VENV)/.stamp-test $(VENV)/.stamp-lint: FORCE
+$(VENV)/.stamp-run $(VENV)/.stamp-test $(VENV)/.stamp-lint $(VENV)/.stamp-results: FORCE
 endif
 
 $(VENV)/.stamp-venv:
@@ -82,8 +98,9 @@ $(VENV)/.stamp-venv:
 $(VENV)/.stamp-run: PACKAGES = .
 $(VENV)/.stamp-test: PACKAGES = .[test]
 $(VENV)/.stamp-lint: PACKAGES = .[lint]
+$(VENV)/.stamp-results: PACKAGES = .[results]
 # Modules are compiled as they are first imported: compiling all of them here would take longer than the rest.
-$(VENV)/.stamp-run $(VENV)/.stamp-test $(VENV)/.stamp-lint: $(VENV)/.stamp-venv pyproject.toml
+$(VENV)/.stamp-run $(VENV)/.stamp-test $(VENV)/.stamp-lint $(VENV)/.stamp-results: $(VENV)/.stamp-venv pyproject.toml
 	@echo "Installing $(PACKAGES) with $(TORCH) into $(VENV) (a minute or more the first time)"
 	@$(PIP) --no-compile "$(TORCH)" --editable "$(PACKAGES)"
 	@touch $@
