@@ -1,0 +1,224 @@
+"""`lathe resize` and `lathe compare`: what a user asks for is there, whole, and what is wrong is one line."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import lathe
+from lathe.text.train import train_tokenizer
+
+WORDS = [
+    *("the", "a", "lathe", "turns", "wood", "metal", "stone", "to", "size", "that"),
+    *("is", "asked", "for", "and", "quick", "brown", "foxes", "jump", "over", "lazy", "dogs"),
+]
+VOCABULARIES = {"gpt2": 280, "t5": 150, "bert": 90}
+SIZES: dict[str, Any] = {"d_model": 16, "n_layers": 2, "n_heads": 2, "d_head": 8, "d_ff": 24}
+
+
+def documents(number: int, seed: int) -> list[str]:
+    chance = random.Random(seed)
+    return [" ".join(chance.choices(WORDS, k=chance.randint(20, 40))) for _ in range(number)]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small GPT-2, a small T5 and a small BERT with their tokenizers, and text."""
+    folder = tmp_path_factory.mktemp("resize")
+    for name, seed in (("text.txt", 0), ("held.txt", 1)):
+        (folder / name).write_text("\n".join(documents(60, seed)), encoding="utf-8")
+    for name, preset, head in (
+        ("gpt2", "gpt2", None),
+        ("t5", "t5-small", None),
+        ("bert", "bert-base-uncased", "masked"),
+    ):
+        own = {"byte_fallback": False} if name == "t5" else {}
+        tokenizer = train_tokenizer(documents(60, 0), VOCABULARIES[name], convention=name, **own)
+        ids = {"pad": tokenizer.pad_id, "bos": tokenizer.bos_id, "eos": [tokenizer.eos_id] if tokenizer.eos_id else []}
+        base = lathe.preset(preset, head=head)
+        more = {} if name == "t5" else {"max_positions": 64}
+        tokens = {**base.tokens.to_dict(), **ids, "mask": tokenizer.mask_id}
+        tokens["decoder_start"] = tokenizer.pad_id if name == "t5" else None
+        architecture = base.with_({**SIZES, **more, "vocab_size": tokenizer.vocab_size, "tokens": tokens})
+        lathe.Model(architecture, seed=0, tokenizer=tokenizer).save(folder / name)
+    return folder
+
+
+@pytest.fixture
+def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with the models and the text in it."""
+    for path in made.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5", "bert"])
+def test_a_cut_is_a_stock_directory_with_its_recipe_its_page_and_its_card(cli: Callable, here: Path, name: str):
+    ran = cli("resize", name, "small", "d_model=12", "--calibrate", "text.txt", "--device", "cpu", "--json")
+    assert ran.code == 0, ran.err
+    answer = json.loads(ran.out)
+    assert lathe.load("small").architecture.d_model == 12
+    assert answer["reload"]["largest"] < 1e-6
+    assert answer["reload"]["stock"] < 1e-4
+    assert answer["reload"]["missing"] == answer["reload"]["unexpected"] == []
+    assert answer["family"] == name
+    assert answer["result"]["parameters"] < answer["source"]["parameters"]
+    last = answer["steps"][-1]
+    assert not last["exact"]
+    assert last["quality"]["loss"] == answer["result"]["quality"]["loss"]
+    assert (answer["result"]["quality"]["bits_per_byte"] is not None) == (name == "gpt2")
+    card = Path("small/README.md").read_text(encoding="utf-8")
+    assert yaml.safe_load(card.split("---")[1])["tags"] == ["lathe", "resized", name]
+    page = Path("small/report.html").read_text(encoding="utf-8")
+    for step in answer["steps"]:
+        assert step["name"] in card
+        assert step["name"] in page
+    assert "kept apart from what fits" in page
+
+
+def test_growth_needs_no_text_and_says_that_it_is_exact(cli: Callable, here: Path):
+    ran = cli("resize", "t5", "large", "d_ff=40", "n_layers=3", "--device", "cpu", "--json")
+    assert ran.code == 0, ran.err
+    answer = json.loads(ran.out)
+    assert all(step["exact"] and step["change"] < 1e-5 for step in answer["steps"])
+    assert answer["result"]["quality"] is None
+    ids = torch.tensor([[5, 6, 7]])
+    before, after = (lathe.load(each)(ids, decoder_input_ids=ids).logits for each in ("t5", "large"))
+    torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-5)
+
+
+def test_a_recipe_makes_the_same_bytes_and_refuses_anything_else(cli: Callable, here: Path):
+    words = ["d_model=12", "d_ff=40", "method=select", "calibrate.tokens=900", "seed=3"]
+    assert cli("resize", "gpt2", "one", *words, "--calibrate", "text.txt", "--device", "cpu").code == 0
+    shutil.copy("text.txt", "moved.text")
+    again = cli("resize", "gpt2", "two", "--recipe", "one/lathe.json", "--calibrate", "moved.text", "--device", "cpu")
+    assert again.code == 0, again.err
+    assert "byte for byte" in again.err
+    for file in ("model.safetensors", "config.json"):
+        assert Path("one", file).read_bytes() == Path("two", file).read_bytes()
+    other = cli("resize", "gpt2", "three", "--recipe", "one", "--calibrate", "held.txt")
+    assert (other.code, "held.txt is not what the recipe was made with" in other.err) == (2, True)
+    other = cli("resize", "two", "three", "--recipe", "one")
+    assert (other.code, "two is not what the recipe was made with" in other.err) == (2, True)
+    other = cli("resize", "gpt2", "three", "d_model=8", "--recipe", "one")
+    assert (other.code, "the recipe says what is done" in other.err) == (2, True)
+    assert not Path("three").exists()
+
+
+def test_healing_in_two_stages_replays_to_the_same_bytes(cli: Callable, here: Path):
+    words = ["d_model=4", "d_head=4", "heal.steps=4", "heal.rows=2", "heal.length=32", "heal.hidden=0.1"]
+    texts = ["--calibrate", "text.txt", "--heal", "text.txt", "--device", "cpu"]
+    ran = cli("resize", "t5", "one", *words, *texts, "--json")
+    assert ran.code == 0, ran.err
+    stages = json.loads(Path("one/lathe.json").read_text(encoding="utf-8"))["recipe"]["stages"]
+    assert [next(key for key in ("resize", "heal") if key in stage) for stage in stages] == ["resize", "heal"] * 2
+    assert 4 < stages[0]["resize"]["d_model"] < 16
+    assert [step["heals"] for step in json.loads(ran.out)["steps"]].count(True) == 2
+    assert not Path("one.heal").exists()
+    again = cli("resize", "t5", "two", "--recipe", "one", "--device", "cpu", "--run", "kept")
+    assert again.code == 0, again.err
+    assert Path("one/model.safetensors").read_bytes() == Path("two/model.safetensors").read_bytes()
+    assert Path("kept/stage-2/metrics.jsonl").exists()
+
+
+def test_what_only_lathes_own_form_holds_is_asked_for(cli: Callable, here: Path):
+    refused = cli("resize", "gpt2", "odd", "d_model=13", "--calibrate", "text.txt")
+    assert refused.code == 2
+    assert "12 or 14" in refused.err
+    assert "own form" in refused.err
+    ran = cli("resize", "gpt2", "odd", "d_model=13", "--calibrate", "text.txt", "--own-form", "--device", "cpu")
+    assert ran.code == 0, ran.err
+    assert lathe.load("odd").architecture.d_model == 13
+    assert not Path("odd/config.json").exists()
+    assert json.loads(Path("odd/lathe.json").read_text(encoding="utf-8"))["recipe"]["stages"]
+    again = cli("resize", "gpt2", "odd2", "--recipe", "odd", "--device", "cpu")
+    assert again.code == 0, again.err
+    assert Path("odd/model.safetensors").read_bytes() == Path("odd2/model.safetensors").read_bytes()
+
+
+WRONG: list[tuple[list[str], str]] = [
+    (["gpt2", "new"], "nothing to change: give field=value"),
+    (["gpt2", "new", "d_model=16"], "has d_model=16 already"),
+    (["gpt2", "new", "d_modle=12"], "did you mean 'd_model'"),
+    (["gpt2", "new", "d_model=12"], "calibrate"),
+    (["gpt2", "new", "d_model=12", "--calibrate", "none.txt"], "there is no file none.txt"),
+    (["gpt2", "new", "d_model=12", "--calibrate", "latin.txt"], "latin.txt, line 1: not UTF-8"),
+    (["gpt2", "new", "d_model=12", "--calibrate", "short.txt"], "needs at least"),
+    (["gpt2", "new", "d_ff=20", "--calibrate", "short.txt"], "needs at least"),
+    (["gpt2", "new", "d_model=12", "calibrate.tokens=100"], "give calibrate=FILE"),
+    (["gpt2", "new", "d_model=12", "--calibrate", "text.txt", "calibrate.rank=3"], "unknown field 'calibrate.rank'"),
+    (["gpt2", "new", "d_model=12", "--calibrate", "text.txt", "--method", "guess"], "rotate, select, truncate"),
+    (["gpt2", "new", "d_ff=40", "--run", "kept"], "nothing heals here"),
+    (["gpt2", "text.txt", "d_ff=40"], "is a file"),
+    (["gpt2", "t5", "d_ff=40"], "already exists"),
+    (["quantised", "new", "d_ff=40"], "quantization_config"),
+    (["bare", "new", "d_model=12", "--calibrate", "text.txt"], "holds no tokenizer"),
+    (["gpt2", "new", "n_kv_heads=1", "--calibrate", "text.txt"], "n_kv_heads=none, and Lathe's own form"),
+    (["nowhere/", "new", "d_ff=40"], "there is no directory"),
+    (["gpt2", "new", "--recipe", "none.json"], "cannot read the recipe"),
+    (["gpt2", "new", "--recipe", "gpt2/config.json"], "holds no recipe"),
+]
+
+
+@pytest.mark.parametrize(("words", "line"), WRONG, ids=[" ".join(words[2:]) or words[0] for words, _ in WRONG])
+def test_what_is_wrong_is_one_line_and_leaves_nothing(cli: Callable, here: Path, words: list[str], line: str):
+    Path("latin.txt").write_bytes("für alle\n".encode("latin-1"))
+    Path("short.txt").write_text("the lathe turns", encoding="utf-8")
+    for name in ("quantised", "bare"):
+        shutil.copytree("gpt2", name)
+    for file in Path("bare").iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            file.unlink()
+    config = json.loads(Path("quantised/config.json").read_text(encoding="utf-8"))
+    Path("quantised/config.json").write_text(json.dumps({**config, "quantization_config": {"bits": 4}}))
+    before = sorted(path.name for path in here.iterdir())
+    ran = cli("resize", *words)
+    assert ran.code == 2, ran.err
+    assert line in ran.err
+    assert ran.err.strip().splitlines()[-1].startswith("lathe: ")
+    assert sorted(path.name for path in here.iterdir()) == before
+
+
+def test_a_disk_that_fills_up_leaves_nothing(cli: Callable, here: Path, monkeypatch: pytest.MonkeyPatch):
+    import errno
+
+    from lathe.reshape import carry_out
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = sorted(path.name for path in here.iterdir())
+    monkeypatch.setattr(carry_out, "weight_digests", full)
+    ran = cli("resize", "t5", "new", "d_ff=40", "--device", "cpu")
+    assert ran.code == 1
+    assert "No space left" in ran.err
+    assert sorted(path.name for path in here.iterdir()) == before
+
+
+def test_models_are_compared_on_the_same_text(cli: Callable, here: Path):
+    options = ["--calibrate", "text.txt", "--device", "cpu"]
+    assert cli("resize", "gpt2", "small", "d_model=12", *options).code == 0
+    ran = cli("compare", "gpt2", "small", "--data", "held.txt", "--out", "side", "--device", "cpu", "--json")
+    assert ran.code == 0, ran.err
+    answer = json.loads(ran.out)
+    assert [row["name"] for row in answer["rows"]] == ["gpt2", "small"]
+    assert (answer["measure"], answer["note"]) == ("loss", "")
+    assert "small" in answer["frontier"]
+    assert Path("side/frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert "held.txt" in Path("side/compare.html").read_text(encoding="utf-8")
+    other = cli("compare", "gpt2", "t5", "--data", "held.txt", "--device", "cpu")
+    assert other.code == 0, other.err
+    assert "do not compare" in other.out
+    for words, line in (([], "--data FILE"), (["--data", "held.txt", "--out", "side"], "already exists")):
+        wrong = cli("compare", "gpt2", *words)
+        assert (wrong.code, line in wrong.err) == (2, True)
