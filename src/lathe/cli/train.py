@@ -36,7 +36,8 @@ def command(
         list[str] | None,
         typer.Argument(
             metavar="[KEY=VALUE]...",
-            help="Any key of the run: objective=causal, steps=2000, optimizer.lr=3e-4, data.rows=32, d_model=256.",
+            help="Any key of the run: objective=causal, steps=2000, optimizer.lr=3e-4, data.rows=32, d_model=256, "
+            "adapter.rank=8.",
         ),
     ] = None,
     data: Annotated[str | None, typer.Option(help="The text to train on; data.train=FILE.")] = None,
@@ -102,9 +103,14 @@ def _about(job: Job) -> str:
 
     model, corpus = job.subject.model, job.batches.corpus
     parameters = sum(p.size for p in stored(model.architecture) if p.trained)
-    place = model.device.type if job.ranks.size == 1 else f"{job.ranks.size} processes on {model.device.type}"
+    if job.request.adapter is not None:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        parameters_of = f"{trained:,} parameters of an adapter on {parameters:,}"
+    else:
+        parameters_of = f"{parameters:,} parameters"
+    place = model.device.type if job.ranks.size == 1 else f"{model.device.type}, {job.ranks.size} processes"
     return (
-        f"{parameters:,} parameters on {place}; {len(corpus):,} documents of {corpus.n_tokens:,} tokens, "
+        f"{parameters_of} on {place}; {len(corpus):,} documents of {corpus.n_tokens:,} tokens, "
         f"objective {job.request.objective['name']}"
     )
 
@@ -147,6 +153,9 @@ class _Meter:
             report.targets - targets,
             self.training.checkpointing,
         )
+        if self.job.request.adapter is not None:
+            # The base's own gradients are not made: one of the three or four products of each matrix.
+            flops *= 3 / 4 if self.training.checkpointing else 2 / 3
         left = (1 - report.progress) * seconds / max(report.progress - progress, 1e-9)
         share = flops / seconds / self.peak
         return f", {(report.tokens - tokens) / seconds:,.0f} tokens/s, {share:.0%} of peak, {_time(left)} left"

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -113,9 +113,13 @@ class Spread:
 
             let_go(self._loss)
 
-    def adding_up(self, *, last: bool) -> AbstractContextManager[None]:
+    @contextmanager
+    def adding_up(self, *, last: bool) -> Iterator[None]:
         """Around forward and backward of one batch of several: under DDP, gradients travel with the last alone."""
-        return nullcontext() if self._ddp is None or last else self._ddp.no_sync()
+        with warnings.catch_warnings(), nullcontext() if self._ddp is None or last else self._ddp.no_sync():
+            # What a sublayer returns may be a view, on which nothing may be done in place; no layer does.
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+            yield
 
     def whole(self, tensor: Tensor) -> Tensor:
         """The full value of a tensor of the model, its gradients or moments. Every rank calls it."""
@@ -145,8 +149,10 @@ class Spread:
         return {key: like(tensor, owners[key]) for key, tensor in tensors.items()}
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Give the model these weights, whole ones by name."""
-        self.given.load_state_dict(weights)
+        """Give the model these weights, whole ones by name; what is not trained need not be among them."""
+        trained = {name for name, parameter in self.given.named_parameters() if parameter.requires_grad}
+        kept = {name: tensor for name, tensor in self.given.state_dict().items() if name not in trained}
+        self.given.load_state_dict({**kept, **weights})
         if self.sharded:
             from lathe.train.parallel_shards import like
 
@@ -178,7 +184,4 @@ class _Loss(nn.Module):
 
     def forward(self, batch: Batch, loss_fn: LossFunction) -> tuple[Tensor, int]:
         """The loss, and how many targets it is the mean of."""
-        with warnings.catch_warnings():
-            # What a sublayer returns may be a view, on which nothing may be done in place; no layer does.
-            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-            return loss_fn(self.model, batch)
+        return loss_fn(self.model, batch)
