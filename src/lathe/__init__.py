@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lathe._version import __version__
 
 if TYPE_CHECKING:
-    from lathe.api import Model, load, resize
+    from lathe.api import Model, heal, load, resize
     from lathe.architecture import Architecture
     from lathe.errors import LatheError, RequestError
     from lathe.planner import plan
@@ -25,6 +25,7 @@ _HOMES = {
     "Model": "lathe.api",
     "RequestError": "lathe.errors",
     "Tokenizer": "lathe.text.tokenizer",
+    "heal": "lathe.api",
     "load": "lathe.api",
     "plan": "lathe.planner",
     "preset": "lathe.presets",
@@ -38,6 +39,7 @@ __all__ = [
     "RequestError",
     "Tokenizer",
     "__version__",
+    "heal",
     "load",
     "plan",
     "preset",

@@ -9,6 +9,7 @@ smaller.save("my-t5-384")
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -218,16 +219,22 @@ def load(
 def resize(
     model: Model,
     *,
-    calibrate: Iterable[Tensor | Mapping[str, Tensor]] = (),
+    calibrate: str | os.PathLike[str] | Iterable[Tensor | Mapping[str, Tensor]] = (),
     method: str = "rotate",
+    seed: int = 0,
+    own_form: bool = False,
     **changes: Any,
 ) -> Model:
     """A copy of a trained model with other sizes; the model itself is left as it is.
 
     Args:
-        calibrate: text of the kind that the model is used on, as batches: tensors of token ids, or mappings of the
-            model's keyword arguments. Padding is marked by `attention_mask`. `truncate` needs none.
+        calibrate: text of the kind that the model is used on: a file that `lathe.data.read` opens, of which 65,536
+            tokens are drawn and shown to the model as its objective wants them; or batches: tensors of token ids, or
+            mappings of the model's keyword arguments, where padding is marked by `attention_mask`. What only grows,
+            and `truncate`, need none.
         method: how a width is cut: `rotate` (least loss), `select` or `truncate` (for comparison).
+        seed: of the text that is drawn and of the weights that growth draws.
+        own_form: allow a width that the family's files cannot hold, where the heads would have to fill it.
         changes: fields to new values, as `Architecture.with_` takes them: `d_model=384`.
 
     Raises:
@@ -245,8 +252,13 @@ def resize(
     source = model
     if adapter_names(model):  # what the model computes now, in weights of its own axes
         source = Model(model.architecture, model.tensors()).train(model.training)
-    batches = [_as_batch(model, each) for each in calibrate]
-    done = reshape(source, changes, calibrate=batches, method=method, tokenizer=model.tokenizer)
+    if isinstance(calibrate, str | os.PathLike):
+        batches = _from_file(model, calibrate, seed)
+    else:
+        batches = [_as_batch(model, each) for each in calibrate]
+    done = reshape(
+        source, changes, calibrate=batches, method=method, seed=seed, tokenizer=model.tokenizer, own_form=own_form
+    )
     log.info("resized: %s", "; ".join(step.name for step in done.steps))
     resized = Model(
         done.architecture,
@@ -258,6 +270,60 @@ def resize(
     )
     resized.steps = done.steps
     return resized
+
+
+def heal(
+    model: Model,
+    teacher: Model,
+    data: str | os.PathLike[str],
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    **settings: Any,
+) -> Model:
+    """Train a cut model, in place, to do what the model it was cut from does; it is returned.
+
+    The loss is the teacher's whole distribution and the text's own labels, as the model's objective asks them.
+
+    Args:
+        teacher: the model before the cut, with the same vocabulary; it is not changed.
+        data: a file that `lathe.data.read` opens.
+        folder: keep the run there, so that it can be killed and, called again, goes on; nowhere where left out.
+        settings: fields of `lathe.reshape.heal.HealSettings`: `steps=500`, `tokens=`, `lr=3e-4`, `weight=0.5`,
+            `hidden=0.1`, `rows=16`, `length=128`.
+
+    Raises:
+        RequestError: no tokenizer, another vocabulary, an unknown setting, or text that does not fit the model.
+        LatheError: the loss is no number any more, or the disk is full.
+    """
+    from lathe.reshape.heal import HealSettings
+    from lathe.reshape.heal import heal as run
+    from lathe.reshape.text import endless, read_documents
+
+    asked = HealSettings.from_dict({"file": os.fspath(data), **settings})
+    tokenizer = _require_tokenizer(model, asked.file)
+    documents, _ = read_documents(asked.text, tokenizer, apart=False)
+    batches = endless(documents, asked.text, model.architecture, tokenizer)
+    place = None if folder is None else Path(folder)
+    run(model, teacher, batches, asked, place, tokenizer=tokenizer, config=model.config)
+    return model
+
+
+def _from_file(model: Model, file: str | os.PathLike[str], seed: int) -> list[Mapping[str, Tensor]]:
+    """A file's text as the model is shown it."""
+    from lathe.reshape.text import TextSettings, lay, read_documents
+
+    settings = TextSettings(file=os.fspath(file), seed=seed)
+    tokenizer = _require_tokenizer(model, settings.file)
+    documents, _ = read_documents(settings, tokenizer, apart=False)
+    return lay(documents, settings, model.architecture, tokenizer).inputs
+
+
+def _require_tokenizer(model: Model, file: str) -> Tokenizer:
+    if model.tokenizer is None:
+        raise RequestError(
+            f"the model has no tokenizer to read {file} with; set model.tokenizer, or give batches of ids"
+        )
+    return model.tokenizer
 
 
 def _as_batch(model: Model, given: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
