@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lathe.errors import LatheError, RequestError
     from lathe.planner import plan
     from lathe.presets import preset
+    from lathe.reshape.vocabulary import Vocabulary
     from lathe.text.tokenizer import Tokenizer
 
 # Public name -> the module that defines it.
@@ -25,6 +26,7 @@ _HOMES = {
     "Model": "lathe.api",
     "RequestError": "lathe.errors",
     "Tokenizer": "lathe.text.tokenizer",
+    "Vocabulary": "lathe.reshape.vocabulary",
     "heal": "lathe.api",
     "load": "lathe.api",
     "plan": "lathe.planner",
@@ -38,6 +40,7 @@ __all__ = [
     "Model",
     "RequestError",
     "Tokenizer",
+    "Vocabulary",
     "__version__",
     "heal",
     "load",

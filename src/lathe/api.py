@@ -31,6 +31,8 @@ from lathe.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from lathe.planner import Plan
     from lathe.reshape import Step
+    from lathe.reshape.vocabulary import Vocabulary
+    from lathe.text.corpus import Corpus
 
 log = logging.getLogger("lathe")
 
@@ -223,6 +225,7 @@ def resize(
     method: str = "rotate",
     seed: int = 0,
     own_form: bool = False,
+    vocabulary: Vocabulary | Corpus | None = None,
     **changes: Any,
 ) -> Model:
     """A copy of a trained model with other sizes; the model itself is left as it is.
@@ -235,6 +238,8 @@ def resize(
         method: how a width is cut: `rotate` (least loss), `select` or `truncate` (for comparison).
         seed: of the text that is drawn and of the weights that growth draws.
         own_form: allow a width that the family's files cannot hold, where the heads would have to fill it.
+        vocabulary: text whose tokens are kept, or of which new ones are learnt, as `vocab_size` says: a list of texts
+            or a `Path`; or a `lathe.Vocabulary`, which also takes new words, ids, and a multiple to fill up to.
         changes: fields to new values, as `Architecture.with_` takes them: `d_model=384`.
 
     Raises:
@@ -248,24 +253,38 @@ def resize(
         24
     """
     from lathe.reshape import resize as reshape
+    from lathe.reshape.vocabulary import Vocabulary, renumbered_settings, settings_ids
 
     source = model
     if adapter_names(model):  # what the model computes now, in weights of its own axes
         source = Model(model.architecture, model.tensors()).train(model.training)
+    asked = vocabulary if vocabulary is None or isinstance(vocabulary, Vocabulary) else Vocabulary(vocabulary)
     if isinstance(calibrate, str | os.PathLike):
         batches = _from_file(model, calibrate, seed)
     else:
         batches = [_as_batch(model, each) for each in calibrate]
     done = reshape(
-        source, changes, calibrate=batches, method=method, seed=seed, tokenizer=model.tokenizer, own_form=own_form
+        source,
+        changes,
+        calibrate=batches,
+        method=method,
+        seed=seed,
+        own_form=own_form,
+        tokenizer=model.tokenizer,
+        vocabulary=asked,
+        reserved=settings_ids(model.generation) | settings_ids(model.config),
     )
     log.info("resized: %s", "; ".join(step.name for step in done.steps))
+    generation, config = model.generation, model.config
+    if done.vocabulary is not None:
+        generation = renumbered_settings(generation, done.vocabulary.ids)
+        config = renumbered_settings(config, done.vocabulary.ids)
     resized = Model(
         done.architecture,
         done.tensors,
         tokenizer=done.tokenizer,
-        generation=model.generation,
-        config=model.config,
+        generation=generation,
+        config=config,
         device=model.device,
     )
     resized.steps = done.steps

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +17,9 @@ from lathe.model.transformer import Transformer
 from lathe.reshape.calibrate import Batch
 from lathe.reshape.state import State, Step
 from lathe.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from lathe.reshape.vocabulary import Renewed
 
 
 @dataclass
@@ -28,8 +31,9 @@ class Context:
         start: its state.
         batches: the calibration text.
         generator: where weights that growth draws come from; seeded, so that a resize can be repeated.
-        tokenizer: the model's, where it has one. An operation that numbers the tokens anew replaces it, and
-            `batches` with it, so that the text stays what it was.
+        tokenizer: the model's, where it has one. The operation that numbers the tokens anew replaces it; it is the
+            last, since `batches` hold the old numbers.
+        vocabulary: the one that was settled, where it changes.
     """
 
     model: Transformer
@@ -37,6 +41,7 @@ class Context:
     batches: Sequence[Batch]
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
     tokenizer: Tokenizer | None = None
+    vocabulary: Renewed | None = None
 
     def current(self, state: State) -> Transformer:
         """A model of the state as it is now, for statistics on the text."""

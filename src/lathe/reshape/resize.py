@@ -10,7 +10,7 @@ family insists on that, they still do, at another `d_head`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,21 +27,27 @@ from lathe.reshape import cut, factorise, grow, grow_heads, grow_width, prune, p
 from lathe.reshape.calibrate import Batch
 from lathe.reshape.operation import Context, Operation, Planner
 from lathe.reshape.state import State, Step
+from lathe.reshape.vocabulary import Renewed, Vocabulary, plan_vocabulary, settle
 from lathe.text.tokenizer import Tokenizer
 
 METHODS = ("rotate", "select", "truncate")
-CHANGEABLE = "d_model, d_embed, d_ff, d_head, n_heads, n_kv_heads, n_layers, and tied from true to false"
+CHANGEABLE = "d_model, d_embed, d_ff, d_head, n_heads, n_kv_heads, n_layers, vocab_size, and tied from true to false"
 _OWN_FORM = "Lathe's own form can hold it as it is (own_form)"
 
 
 @dataclass(frozen=True)
 class Resized:
-    """A reshaped model's architecture and tensors, its tokenizer, and what was done to get there."""
+    """A reshaped model's architecture and tensors, its tokenizer, and what was done to get there.
+
+    Args:
+        vocabulary: how the new ids go back to the old, where they changed.
+    """
 
     architecture: Architecture
     tensors: Mapping[str, Tensor]
     steps: tuple[Step, ...]
     tokenizer: Tokenizer | None = None
+    vocabulary: Renewed | None = None
 
 
 # Called after each operation with the model as it is then, its tokenizer, and the operation's steps.
@@ -57,6 +63,8 @@ def resize(
     seed: int = 0,
     tokenizer: Tokenizer | None = None,
     own_form: bool = False,
+    vocabulary: Vocabulary | None = None,
+    reserved: Iterable[int] = (),
     after: After | None = None,
 ) -> Resized:
     """Other sizes for a trained model.
@@ -68,6 +76,9 @@ def resize(
         method: how a width is cut: `rotate`, `select` or `truncate`.
         seed: of the weights that growth draws.
         tokenizer: the model's, for what changes the vocabulary.
+        vocabulary: what the new vocabulary shall hold; a smaller `vocab_size` alone keeps the tokens that `calibrate`
+            uses most.
+        reserved: token ids to keep in any case, such as those in generation settings.
         own_form: the result may be one that its family's files cannot hold.
         after: called after each operation, to measure what it cost.
 
@@ -78,22 +89,40 @@ def resize(
         plain = Transformer(model.architecture, device="meta")
         plain.load_state_dict(folded_tensors(model), assign=True)
         model = plain.train(model.training)
-    target, operations = planned(model.architecture, changes, method=method, own_form=own_form)
+    settled = settle(model.architecture, changes, tokenizer, vocabulary, batches=calibrate, reserved=reserved)
+    if settled is not None:
+        others = {name: value for name, value in changes.items() if not _is_vocabulary(model.architecture, name)}
+        changes = {**others, **settled.changes}
+    target, operations = planned(
+        model.architecture, changes, method=method, own_form=own_form, renews=settled is not None
+    )
     state = State(model.architecture, model.state_dict())
     steps: list[Step] = []
-    context = Context(model, state, calibrate, torch.Generator().manual_seed(seed), tokenizer)
+    context = Context(model, state, calibrate, torch.Generator().manual_seed(seed), tokenizer, settled)
     for operation in operations:
         state, done = operation.run(context, state)
         steps.extend(done)
         if after is not None:
             after(context.current(state), context.tokenizer, done)
-    return _finished(state, target, model, steps, context.tokenizer)
+    return _finished(state, target, model, steps, context)
+
+
+def _is_vocabulary(source: Architecture, name: str) -> bool:
+    return source.paths(name) == ["embedding.vocab_size"]
 
 
 def planned(
-    source: Architecture, changes: Mapping[str, Any], *, method: str = "rotate", own_form: bool = False
+    source: Architecture,
+    changes: Mapping[str, Any],
+    *,
+    method: str = "rotate",
+    own_form: bool = False,
+    renews: bool = False,
 ) -> tuple[Architecture, list[Operation]]:
     """The architecture that the changes lead to, and the operations on the way; no weights are touched.
+
+    Args:
+        renews: whether the vocabulary becomes another even where its size stays.
 
     Raises:
         RequestError: a change that cannot be made, or an unknown method.
@@ -101,7 +130,7 @@ def planned(
     if method not in METHODS:
         raise RequestError(f"method={method!r}: expected one of {', '.join(METHODS)}")
     target = source.with_(with_followers(source, changes, own_form=own_form))
-    return target, _operations(source, target, method)
+    return target, _operations(source, target, method, renews)
 
 
 def with_followers(source: Architecture, changes: Mapping[str, Any], *, own_form: bool = False) -> dict[str, Any]:
@@ -149,7 +178,7 @@ def _multiples(near: int, of: int) -> str:
     return f"a multiple of {of} ({below} or {above})" if below else f"a multiple of {of}"
 
 
-def _planners(method: str) -> tuple[Planner, ...]:
+def _planners(method: str, renews: bool) -> tuple[Planner, ...]:
     """Who may change what, in the order in which it is done."""
     return (
         grow.plan_untying,
@@ -163,14 +192,15 @@ def _planners(method: str) -> tuple[Planner, ...]:
         grow_heads.plan_heads,
         grow.plan_feed_forward,
         grow.plan_depth,
+        partial(plan_vocabulary, is_asked=renews),
     )
 
 
-def _operations(source: Architecture, target: Architecture, method: str) -> list[Operation]:
+def _operations(source: Architecture, target: Architecture, method: str, renews: bool) -> list[Operation]:
     """What has to be done, in order; a change that nothing does is an error."""
     operations: list[Operation] = []
     done = source
-    for planner in _planners(method):
+    for planner in _planners(method, renews):
         for operation in planner(done, target):
             operations.append(operation)
             done = done.with_(operation.changes)
@@ -180,16 +210,14 @@ def _operations(source: Architecture, target: Architecture, method: str) -> list
     return operations
 
 
-def _finished(
-    state: State, target: Architecture, model: Transformer, steps: list[Step], tokenizer: Tokenizer | None
-) -> Resized:
+def _finished(state: State, target: Architecture, model: Transformer, steps: list[Step], context: Context) -> Resized:
     if state.architecture.d_model != target.d_model:
         raise AssertionError(f"reshaping ended at {state.architecture.d_model}, not at {target.d_model}")
     cast = state.cast(model.dtype)
     # What no operation touched is still the model's own memory: training one would change the other.
     taken = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
     own = {n: t.clone() if t.untyped_storage().data_ptr() in taken else t for n, t in cast.tensors.items()}
-    return Resized(cast.architecture, own, tuple(steps), tokenizer)
+    return Resized(cast.architecture, own, tuple(steps), context.tokenizer, context.vocabulary)
 
 
 def _differences(one: Mapping[str, Any], other: Mapping[str, Any], path: str = "") -> list[str]:
