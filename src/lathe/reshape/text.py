@@ -119,11 +119,12 @@ def _drawn(settings: TextSettings) -> list[str]:
 
 
 def _cut(text: str, share: float) -> str:
-    """The beginning of a document that is far longer than what is still needed, up to a space."""
+    """The beginning of a document that is far longer than what is still needed, up to a space if there is one."""
     if share > _TOO_LONG:
         return text
-    place = text.rfind(" ", 0, int(len(text) * share))
-    return text[:place] if place > 0 else text
+    end = max(int(len(text) * share), 1)
+    place = text.rfind(" ", 0, end)
+    return text[: place if place > 0 else end]
 
 
 def _split(texts: list[str]) -> tuple[list[str], list[str]]:
