@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from lathe.reshape.vocabulary import Vocabulary, renumbered_settings, settings_i
 from lathe.text import Tokenizer
 from tests.reshape.test_width import build
 from tests.strategies import architectures
-from tests.text.samples import KOREAN, SENTENCES, trained
+from tests.text.samples import CORPUS, KOREAN, SENTENCES, trained
 
 SMALL = {"d_model": 32, "n_heads": 2, "d_head": 16, "d_ff": 48, "n_layers": 1}
 FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -272,6 +273,27 @@ def test_text_that_the_tokenizer_cannot_read_is_refused() -> None:
 def test_a_request_that_cannot_be_is_refused(asked: dict[str, Any]) -> None:
     with pytest.raises(RequestError):
         Vocabulary(**asked)
+
+
+def test_lathe_resize_cuts_the_vocabulary_and_heals_from_a_parent_that_has_the_same(
+    cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    source = model("gpt2")
+    assert source.tokenizer is not None
+    number = source.tokenizer.token_id("Ġthe")
+    lathe.Model(
+        source.architecture, source.tensors(), tokenizer=source.tokenizer, generation={"forced_eos_token_id": number}
+    ).save(tmp_path / "source")
+    text = tmp_path / "text.txt"
+    text.write_text("".join(CORPUS), encoding="utf-8")
+    words = ["vocab_size=400", "d_ff=40", "calibrate.tokens=3000", "calibrate.length=64", "heal.steps=2"]
+    ran = cli("resize", tmp_path / "source", tmp_path / "cut", *words, "--calibrate", text, "--heal", text)
+    assert ran.code == 0, ran.err
+    small = lathe.load(tmp_path / "cut")
+    assert small.tokenizer is not None
+    assert small.tokenizer.vocab_size == small.architecture.embedding.vocab_size == 400
+    assert small.tokenizer.pieces([small.generation["forced_eos_token_id"]]) == ["Ġthe"]
+    assert "cut vocabulary 500 → 400" in ran.out
 
 
 def same_in_stock(made: lathe.Model, directory: Path) -> None:

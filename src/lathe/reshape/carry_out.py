@@ -41,6 +41,7 @@ from lathe.reshape.recipe import Recipe, require_same, weight_digests, written
 from lathe.reshape.resize import resize
 from lathe.reshape.state import Step
 from lathe.reshape.text import Documents, Text, TextSettings, endless, lay, read_documents
+from lathe.reshape.vocabulary import renumbered_settings, settings_ids
 from lathe.text.tokenizer import Tokenizer
 from lathe.train.loop import StepReport
 from lathe.train.machine import pick_device
@@ -69,8 +70,8 @@ def carry_out(job: Job, folder: Path, run: Path, reporter: Reporter, name: str) 
         work.model.architecture,
         work.model.state_dict(),
         tokenizer=work.tokenizer,
-        generation=job.source.generation,
-        config=job.source.config,
+        generation=work.generation,
+        config=work.config,
     )
     digests = weight_digests(folder)
     beside = {} if saved.stock else {"architecture": work.model.architecture.to_dict()}
@@ -87,6 +88,9 @@ class _Work:
         self.job, self.run, self.reporter = job, run, reporter
         self.model: Transformer = job.source.model
         self.tokenizer = job.source.tokenizer
+        # The source with the vocabulary of today, and the settings with its ids.
+        self.teacher: Transformer = job.source.model
+        self.generation, self.config = job.source.generation, job.source.config
         self.stages: list[dict[str, Any]] = []
         self.steps: list[Done] = []
         self.curves: dict[str, list[tuple[int, float]]] = {}
@@ -118,8 +122,13 @@ class _Work:
             seed=request.seed,
             tokenizer=self.tokenizer,
             own_form=request.own_form,
+            reserved=settings_ids(self.generation) | settings_ids(self.config),
             after=after,
         )
+        if done.vocabulary is not None:
+            self.teacher = done.vocabulary.model(self.teacher)
+            self.generation = renumbered_settings(self.generation, done.vocabulary.ids)
+            self.config = renumbered_settings(self.config, done.vocabulary.ids)
         model = Transformer(done.architecture, device="meta")
         model.load_state_dict(dict(done.tensors), assign=True)
         self.model, self.tokenizer = model.requires_grad_(True).eval(), done.tokenizer
@@ -138,7 +147,7 @@ class _Work:
         batches = endless(documents, settings.text, self.model.architecture, self.tokenizer, asked)
         number = 1 + sum("heal" in stage for stage in self.stages)
         known = {"source": self.job.source_sha256, "stages": self.stages, "fitted": self._fitted_digest()}
-        dtype, model, teacher = self.model.dtype, self.model.float().to(device), self.job.source.model.to(device)
+        dtype, model, teacher = self.model.dtype, self.model.float().to(device), self.teacher.to(device)
         title, curve = f"healing {number}", list[tuple[int, float]]()
         total = settings.training().steps or _PARTS
         with self.reporter.work(title, total) as advance:
@@ -158,11 +167,11 @@ class _Work:
                 settings,
                 self.run / f"stage-{number}",
                 tokenizer=self.tokenizer,
-                config=self.job.source.config,
+                config=self.config,
                 asked={"cut": hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()},
                 on_step=on_step,
             )
-        self.job.source.model.to("cpu")
+        self.teacher.to("cpu")
         self.model = model.to("cpu", dtype).eval()
         self.curves[title] = curve or _curve_of(self.run / f"stage-{number}")
         steps, tokens = _spent(self.run / f"stage-{number}")

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lathe.architecture import Architecture, Tokens
 from lathe.errors import RequestError
+from lathe.model.transformer import Transformer
 from lathe.reshape.calibrate import Batch
 from lathe.reshape.operation import Context, Operation
 from lathe.reshape.state import State, Step
@@ -96,6 +97,13 @@ class Renewed:
         """The model with this vocabulary in place of the one that it was settled for."""
         changed = {p.name: _gathered(state.tensors[p.name], dim, self.rows) for p, dim in state.along("vocab")}
         return state.with_(changed, self.changes)
+
+    def model(self, model: Transformer) -> Transformer:
+        """A model with this vocabulary in place of its own, otherwise as it is: a teacher for one that has it."""
+        state = self.applied(State(model.architecture, model.state_dict()))
+        made = Transformer(state.architecture, device="meta")
+        made.load_state_dict(dict(state.tensors), assign=True)
+        return made.train(model.training)
 
 
 # --- settling -------------------------------------------------------------------------------------------------
