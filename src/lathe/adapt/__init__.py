@@ -13,13 +13,14 @@ from lathe.adapt.adapters import (
     unmerge,
 )
 from lathe.adapt.files import load_adapter, save_adapter
-from lathe.adapt.layer import Adapter, LoraLinear
+from lathe.adapt.layer import Adapter, LoraLinear, Whole
 from lathe.adapt.settings import LoraSettings
 
 __all__ = [
     "Adapter",
     "LoraLinear",
     "LoraSettings",
+    "Whole",
     "active_adapter",
     "adapter_names",
     "add_lora",

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from lathe.adapt.layer import Adapter, LoraLinear
+from lathe.adapt.layer import Adapter, LoraLinear, Whole
 from lathe.adapt.settings import LoraSettings
 from lathe.adapt.targets import choose
 from lathe.errors import RequestError
@@ -27,7 +27,8 @@ def add_lora(
 ) -> tuple[str, ...]:
     """Put a new adapter on `model`, in place, and make it the active one; what it computes does not change yet.
 
-    All other parameters get `requires_grad=False`. To train one of them too (a new classifier), set it back.
+    All other parameters get `requires_grad=False`. A layer that is to be trained as well (a new classifier) is named
+    in `settings.whole`.
 
     Args:
         settings: rank, alpha, targets and so on; `LoraSettings()` where left out.
@@ -38,7 +39,8 @@ def add_lora(
         The names of the adapted layers.
 
     Raises:
-        RequestError: targets that match nothing, a rank larger than a layer, a name in use, a merged model.
+        RequestError: targets or whole that match nothing, or the same layer; a rank larger than a layer; a name in
+            use; a merged model.
 
     >>> import lathe
     >>> from lathe.adapt import LoraSettings, add_lora
@@ -49,6 +51,10 @@ def add_lora(
     settings = settings or LoraSettings()
     check_new_name(model, name)
     names = choose(model.architecture, settings.terms)
+    whole = choose(model.architecture, settings.whole_terms, setting="whole")
+    both = [target for target in names if target in whole]
+    if both:
+        raise RequestError(f"{both[0]} is among targets and among whole: expected each layer in one of them")
     for target in names:
         least = min(_linear(model, target).weight.shape)
         if settings.rank > least:
@@ -57,8 +63,16 @@ def add_lora(
                 f"expected {least} or less, or other targets"
             )
     generator = torch.Generator().manual_seed(seed)
-    attach(model, name, {target: _drawn(_linear(model, target), settings, generator) for target in names})
-    return tuple(names)
+    made: dict[str, Adapter | Whole] = {}
+    for target in names:
+        made[target] = _drawn(_linear(model, target), settings, generator)
+    for target in whole:
+        linear = _linear(model, target)
+        made[target] = Whole(
+            copied(linear, linear.weight), None if linear.bias is None else copied(linear, linear.bias)
+        )
+    attach(model, name, made)
+    return tuple(made)
 
 
 def _drawn(linear: nn.Linear, settings: LoraSettings, generator: torch.Generator) -> Adapter:
@@ -88,7 +102,12 @@ def placed(linear: nn.Linear, tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach().to(device=linear.weight.device, dtype=adapter_dtype(linear)))
 
 
-def attach(model: Transformer, name: str, adapters: Mapping[str, Adapter]) -> None:
+def copied(linear: nn.Linear, tensor: Tensor) -> nn.Parameter:
+    """The same with memory of its own."""
+    return placed(linear, tensor.detach().clone())
+
+
+def attach(model: Transformer, name: str, adapters: Mapping[str, Adapter | Whole]) -> None:
     """Put adapters on the layers of these names, freeze all else and make them active."""
     for target, adapter in adapters.items():
         layer = _linear(model, target)
@@ -187,7 +206,7 @@ def combine(model: Transformer, weights: Mapping[str, float], *, name: str) -> N
     Its rank is the sum of theirs: the A's stand above each other, and the B's, scaled, side by side.
 
     Raises:
-        RequestError: no weights, an unknown adapter, a name in use, or DoRA, which does not add up.
+        RequestError: no weights, an unknown adapter, a name in use, or DoRA or whole layers, which do not add up.
     """
     check_new_name(model, name)
     if not weights:
@@ -198,7 +217,15 @@ def combine(model: Transformer, weights: Mapping[str, float], *, name: str) -> N
             raise RequestError(f"the weight of {each!r} is {weight}: expected a number")
     made: dict[str, Adapter] = {}
     for target, layer in lora_layers(model):
-        parts = [(layer.adapter(each), w) for each, w in weights.items() if each in layer.adapters]
+        parts: list[tuple[Adapter, float]] = []
+        for each, weight in weights.items():
+            adapter = layer.adapter(each) if each in layer.adapters else None
+            if isinstance(adapter, Whole):
+                raise RequestError(
+                    f"the adapter {each!r} trained {target} whole, which does not add up with another; "
+                    "merge it into the base instead"
+                )
+            parts += [] if adapter is None else [(adapter, weight)]
         if any(adapter.magnitude is not None for adapter, _ in parts):
             raise RequestError(
                 "a DoRA adapter among those to combine: it scales the base's rows, which does not add up; "
@@ -281,4 +308,7 @@ def folded_tensors(model: Transformer) -> dict[str, Tensor]:
         own = f"{name}.adapters."
         tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(own)}
         tensors[f"{name}.weight"] = layer.folded()
+        bias_O = layer.folded_bias()
+        if bias_O is not None:
+            tensors[f"{name}.bias"] = bias_O
     return tensors

@@ -10,17 +10,18 @@ same A become one A and one B again. Where they do not, the block form says the 
 above each other, so the rank is the sum of theirs, and B is block diagonal. A layer without an adapter gets rows of
 zeros, and under DoRA the lengths that its rows have.
 
-A model that no family can hold has no stock modules; its adapters are written under Lathe's own names.
+Layers that the adapter has whole are `lathe.adapt.whole_files`' to read and write. A model that no family can hold
+has no stock modules; its adapters are written under Lathe's own names.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,9 +29,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lathe.adapt.adapters import attach, check_new_name, known_adapter, placed
-from lathe.adapt.layer import Adapter, LoraLinear
+from lathe.adapt.layer import Adapter, LoraLinear, Whole
 from lathe.adapt.peft_config import CONFIG, PeftConfig, read_peft_config, shortest_names
 from lathe.adapt.targets import linear_layers
+from lathe.adapt.whole_files import modules_to_save, names_classifier, read_whole, says, whole_tensors
 from lathe.architecture import Architecture
 from lathe.checkpoint.atomic import atomic_directory
 from lathe.checkpoint.layout import Weights
@@ -47,7 +49,7 @@ _A, _B, _M = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 _KEY = re.compile(rf"(?:{re.escape(_START)})?(?P<module>.+)\.(?P<part>{re.escape(_A)}|{re.escape(_B)}|{_M})")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class StockModule:
     """A stock linear module and the layers of ours whose outputs it holds, one after another.
 
@@ -76,7 +78,7 @@ def stock_modules(architecture: Architecture) -> list[StockModule]:
 # --- writing -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _Written:
     """One stock module's adapter as it goes to the file."""
 
@@ -112,12 +114,15 @@ def save_adapter(
     modules = stock_modules(model.architecture)
     written = {each.theirs: found for each in modules if (found := _fused(model, each, name)) is not None}
     first = next(adapter for _, adapter in _adapters(model, modules, name))
-    config = _config(written, first, modules)
-    tensors: dict[str, Tensor] = {}
+    whole = whole_tensors(model, name)
+    saved = modules_to_save(model.architecture, whole)
+    config = dataclasses.replace(_config(written, first, modules), modules_to_save=saved)
+    tensors = {f"{_START}{each}": tensor.cpu().clone() for each, tensor in whole.items()}
     for module, adapter in written.items():
         parts = ((_A, adapter.down_RI), (_B, adapter.up_OR), (_M, adapter.magnitude_O))
         tensors |= {f"{_START}{module}.{part}": t.cpu().clone() for part, t in parts if t is not None}
-    text = config.to_dict(base_model_name_or_path=base_model, task_type=_task(model.architecture))
+    task = _task(model.architecture, saved)
+    text = config.to_dict(base_model_name_or_path=base_model, task_type=task)
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     with atomic_directory(directory, replace=replace, nbytes=nbytes) as folder:
         (folder / CONFIG).write_text(json.dumps(text, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -133,8 +138,9 @@ def save_adapter(
 def _adapters(model: Transformer, modules: list[StockModule], name: str) -> Iterator[tuple[str, Adapter]]:
     for ours in (each for module in modules for each in module.ours):
         layer = model.get_submodule(ours)
-        if isinstance(layer, LoraLinear) and name in layer.adapters:
-            yield ours, layer.adapter(name)
+        adapter = layer.adapter(name) if isinstance(layer, LoraLinear) and name in layer.adapters else None
+        if isinstance(adapter, Adapter):
+            yield ours, adapter
 
 
 def _fused(model: Transformer, module: StockModule, name: str) -> _Written | None:
@@ -191,7 +197,7 @@ def _config(written: dict[str, _Written], first: Adapter, modules: list[StockMod
         r=usual_rank,
         lora_alpha=usual_alpha,
         target_modules=shortest_names(written, {each.theirs for each in modules} - set(written)),
-        lora_dropout=first.dropout.p,
+        lora_dropout=first.dropout,
         use_rslora=first.rslora,
         use_dora=first.magnitude is not None,
         fan_in_fan_out=all(each.transposed for each in modules if each.theirs in written),
@@ -200,8 +206,11 @@ def _config(written: dict[str, _Written], first: Adapter, modules: list[StockMod
     )
 
 
-def _task(architecture: Architecture) -> str | None:
-    # PEFT's classes for classifiers expect a trained head in the file, so those are written without a task.
+def _task(architecture: Architecture, saved: list[str]) -> str | None:
+    head = architecture.head
+    if head.language is None and head.classifier is not None and head.pooler is not None:
+        # PEFT's class for classifiers expects a trained head in the file; without one there is no task to name.
+        return "SEQ_CLS" if head.pooler.token != "each" and names_classifier(architecture, saved) else None
     if architecture.head.language is None or architecture.decoder is None:
         return None
     return "CAUSAL_LM" if architecture.encoder is None else "SEQ_2_SEQ_LM"
@@ -230,28 +239,37 @@ def load_adapter(model: Transformer, directory: str | Path, *, name: str = "defa
     config = read_peft_config(folder)
     if not (folder / WEIGHTS).is_file():
         raise RequestError(f"{folder} holds no {WEIGHTS}: expected a directory that peft or save_adapter wrote")
-    adapters: dict[str, Adapter] = {}
+    adapters: dict[str, Adapter | Whole] = {}
     with TensorSource(Weights((folder / WEIGHTS,), None, None, False)) as source:
-        for module, stored in _by_module(model.architecture, config, source).items():
+        by_module, others = _by_module(model.architecture, config, source)
+        for module, stored in by_module.items():
             adapters |= _split(model, module, config, stored, source)
+        adapters |= read_whole(model, config.modules_to_save or [], others, source)
     attach(model, name, adapters)
     return tuple(adapters)
 
 
 def _by_module(
     architecture: Architecture, config: PeftConfig, source: TensorSource
-) -> dict[StockModule, dict[str, str]]:
-    """For each adapted module its stored names: of A, of B and of the lengths."""
+) -> tuple[dict[StockModule, dict[str, str]], dict[str, str]]:
+    """For each adapted module its stored names: of A, of B and of the lengths.
+
+    The second are the other stored names, by what they are without PEFT's beginning: of layers that are there whole.
+    """
     source_family = holder(architecture)
     prefix = "" if source_family is None else source_family.prefix
     # Files of a class with another head, or none, carry the prefix or lack it.
     known = {each.theirs.removeprefix(prefix): each for each in stock_modules(architecture)}
     found: dict[StockModule, dict[str, str]] = {}
     stored_as: dict[StockModule, str] = {}
+    others: dict[str, str] = {}
     for key in source.names():
         match = _KEY.fullmatch(key)
-        module = known.get(match["module"].removeprefix(prefix)) if match else None
-        if match is None or module is None:
+        if match is None:
+            others[key.removeprefix(_START)] = key
+            continue
+        module = known.get(match["module"].removeprefix(prefix))
+        if module is None:
             raise RequestError(
                 f"the tensor {key!r} belongs to no linear layer of this model; "
                 "expected a LoRA adapter that was made for it"
@@ -264,14 +282,16 @@ def _by_module(
             what = "is missing from the file" if part in needed else f"does not go with use_dora={config.use_dora}"
             raise RequestError(f"the tensor {stored_as[module]}.{part} {what}; is the file whole?")
     for module in known.values():
+        if says(config.modules_to_save or [], module.theirs):
+            continue
         if module not in found and config.target_modules != "all-linear" and config.targets(module.theirs):
             raise RequestError(
                 f"the adapter holds nothing for {module.theirs!r}, which its config targets: "
                 "expected an adapter that was made for this model (is it of another depth?)"
             )
     if not found:
-        raise RequestError(f"{WEIGHTS} holds no tensor; expected an adapter's")
-    return found
+        raise RequestError(f"{WEIGHTS} holds no tensor of an adapter; expected one that peft or save_adapter wrote")
+    return found, others
 
 
 def _split(

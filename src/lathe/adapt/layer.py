@@ -7,6 +7,9 @@ DoRA (Liu et al. 2024, §4) splits each row of the matrix into a length and a di
 V = W + s·B·A, where the lengths m start at ‖W‖ and are trained too. ‖V‖ counts as a constant in the backward
 pass (§4.3). It costs a product B·A and a norm of an O × I matrix at each forward.
 
+A layer that is new (a classifier on a model that had none) has nothing that is worth freezing. `Whole` is an adapter of
+such a layer: a matrix and a bias of its own, trained as they are, in place of the base's.
+
 `LoraLinear` is an `nn.Linear`: its weight and bias keep the blueprint's names and are the very tensors of the
 layer that it replaced. It may hold several adapters, of which one or none is active. Merging puts the folded
 matrix in place of W and keeps W itself beside it, so unmerging gives W back bit for bit.
@@ -48,7 +51,8 @@ class Adapter(nn.Module):
         super().__init__()
         self.down, self.up, self.magnitude = down_RI, up_OR, magnitude_O
         self.scale, self.rslora = scale, rslora
-        self.dropout = nn.Dropout(dropout)
+        # A number and no module: a run's own dropout is set on modules, and is not meant for adapters.
+        self.dropout = dropout
 
     @property
     def rank(self) -> int:
@@ -73,14 +77,29 @@ class Adapter(nn.Module):
                 folded_OI = folded_OI * (self.magnitude / self.lengths(weight_OI))[:, None]
             return folded_OI.to(weight_OI.dtype)
 
+    def _dropped(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
     def forward(self, x: Tensor, base: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         """The layer's output with the adapter, … × O, from its input and what it gives without."""
-        added = self.scale * F.linear(F.linear(self.dropout(x.to(self.down.dtype)), self.down), self.up)
+        added = self.scale * F.linear(F.linear(self._dropped(x.to(self.down.dtype)), self.down), self.up)
         if self.magnitude is None:
             return base + added.to(base.dtype)
         product = base if bias_O is None else base - bias_O
         scaled = (self.magnitude / self.lengths(weight_OI)) * (product + added)
         return (scaled if bias_O is None else scaled + bias_O).to(base.dtype)
+
+
+class Whole(nn.Module):
+    """One adapter's own weight, O × I, and bias, O, of one layer."""
+
+    def __init__(self, weight_OI: nn.Parameter, bias_O: nn.Parameter | None) -> None:
+        super().__init__()
+        self.weight, self.bias = weight_OI, bias_O
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output, … × O."""
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
 
 
 class LoraLinear(nn.Linear):
@@ -94,7 +113,9 @@ class LoraLinear(nn.Linear):
         self.adapters = nn.ModuleDict()
         self.active: str | None = None
         self.unmerged: Tensor | None
+        self.unmerged_bias: Tensor | None
         self.register_buffer("unmerged", None, persistent=False)  # W, while the folded matrix stands in its place
+        self.register_buffer("unmerged_bias", None, persistent=False)  # the bias, where it was merged as well
 
     @classmethod
     def around(cls, linear: nn.Linear) -> Self:
@@ -112,22 +133,25 @@ class LoraLinear(nn.Linear):
         return linear.train(self.training)
 
     @property
-    def running(self) -> Adapter | None:
+    def running(self) -> Adapter | Whole | None:
         """The adapter that `forward` adds, or None."""
         if self.active is None or self.unmerged is not None or self.active not in self.adapters:
             return None
         return self.adapter(self.active)
 
-    def adapter(self, name: str) -> Adapter:
+    def adapter(self, name: str) -> Adapter | Whole:
         """The adapter of that name; KeyError if there is none."""
         found = self.adapters[name]
-        assert isinstance(found, Adapter)
+        assert isinstance(found, Adapter | Whole)
         return found
 
     def forward(self, input: Tensor) -> Tensor:
         """… × O."""
-        base = super().forward(input)
         adapter = self.running
+        if isinstance(adapter, Whole):
+            whole: Tensor = adapter(input)
+            return whole
+        base = super().forward(input)
         if adapter is None:
             return base
         out: Tensor = adapter(input, base, self.weight, self.bias)
@@ -136,17 +160,32 @@ class LoraLinear(nn.Linear):
     def folded(self) -> Tensor:
         """The weight that computes what the layer now computes, O × I: W itself where no adapter runs."""
         adapter = self.running
+        if isinstance(adapter, Whole):
+            return adapter.weight.detach().to(self.weight.dtype)
         return self.weight.detach() if adapter is None else adapter.fold(self.weight.detach())
+
+    def folded_bias(self) -> Tensor | None:
+        """The bias that goes with it, O."""
+        adapter = self.running
+        bias_O = adapter.bias if isinstance(adapter, Whole) else self.bias
+        return None if bias_O is None else bias_O.detach().to(self.weight.dtype)
 
     def merge(self) -> None:
         """Put the folded matrix in place of W; nothing happens where no adapter runs."""
-        if self.running is not None:
-            base_OI = self.weight.detach().clone()
-            self.weight.data.copy_(self.folded())
-            self.unmerged = base_OI
+        if self.running is None:
+            return
+        weight_OI, bias_O = self.folded(), self.folded_bias()
+        if isinstance(self.running, Whole) and bias_O is not None:
+            self.unmerged_bias = self.bias.detach().clone()
+            self.bias.data.copy_(bias_O)
+        self.unmerged = self.weight.detach().clone()
+        self.weight.data.copy_(weight_OI)
 
     def unmerge(self) -> None:
         """Put W back, bit for bit."""
         if self.unmerged is not None:
             self.weight.data.copy_(self.unmerged)
             self.unmerged = None
+        if self.unmerged_bias is not None:
+            self.bias.data.copy_(self.unmerged_bias)
+            self.unmerged_bias = None

@@ -45,6 +45,7 @@ _USED = frozenset(
         "layers_to_transform",
         "lora_alpha",
         "lora_dropout",
+        "modules_to_save",
         "peft_type",
         "r",
         "rank_pattern",
@@ -65,6 +66,7 @@ class PeftConfig:
         target_modules: module names or their ends; or one regular expression for whole names.
         rank_pattern, alpha_pattern: regular expressions for the ends of names to other values than `r` and
             `lora_alpha`.
+        modules_to_save: ends of names of modules that the adapter has whole.
         fan_in_fan_out: whether the stock modules keep their weights `in × out`; A and B do not.
     """
 
@@ -79,6 +81,7 @@ class PeftConfig:
     exclude_modules: str | list[str] | None = None
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
     fan_in_fan_out: bool = False
 
     def rank(self, module: str) -> int:
@@ -126,7 +129,7 @@ class PeftConfig:
             "fan_in_fan_out": self.fan_in_fan_out,
             "inference_mode": True,
             "init_lora_weights": True,
-            "modules_to_save": None,
+            "modules_to_save": self.modules_to_save or None,
             **more,
         }
 
@@ -190,8 +193,14 @@ def _check_kinds(values: Mapping[str, Any], path: Path) -> None:
     expect("lora_alpha", number(values.get("lora_alpha")), "a number above 0")
     dropout = values.get("lora_dropout", 0.0)
     expect("lora_dropout", dropout == 0 or (number(dropout) and dropout < 1), "a probability below 1")
+
+    def names(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(each, str) and each for each in value)
+
     targets = values.get("target_modules")
-    listed = isinstance(targets, list) and all(isinstance(each, str) for each in targets)
+    listed = names(targets)
+    saved = values.get("modules_to_save")
+    expect("modules_to_save", saved is None or names(saved), "names of modules")
     expect("target_modules", bool(targets) and (listed or isinstance(targets, str)), "names of modules or a pattern")
     for key, good in (("rank_pattern", _is_rank), ("alpha_pattern", number)):
         patterns = values.get(key) or {}

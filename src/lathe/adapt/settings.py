@@ -20,6 +20,9 @@ class LoraSettings(Spec):
     `targets` is a comma-separated list. Each term is `all-linear`; a role, `reader` or `writer`; an axis of the
     blueprint, `heads`, `kv_heads`, `ffn`, `residual`, `embed`; both, `reader:ffn`; or a pattern of module names,
     `*.attention.*.q`. Heads (the output table, a pooler, a classifier) are reached by name alone.
+
+    `whole` names more layers in the same way. They get a weight and a bias of the adapter's own, which start as the
+    base's and are trained as they are: right for a layer that is new, which a small product could not make up for.
     """
 
     rank: int = size(2**16, default=8)
@@ -28,17 +31,26 @@ class LoraSettings(Spec):
     targets: str = "all-linear"
     rslora: bool = False  # multiply by alpha / √rank instead
     dora: bool = False  # learn each output row's length apart from its direction
+    whole: str | None = None  # layers trained whole beside the adapter; PEFT's modules_to_save
 
     def check(self) -> None:
         if self.alpha <= 0:
             raise RequestError(f"alpha={self.alpha}: expected more than 0")
-        if not all(self.terms):
-            raise RequestError(f"targets={self.targets!r}: expected terms with commas between, such as heads,ffn")
+        for name, terms in (("targets", self.terms), ("whole", self.whole_terms)):
+            if not all(terms):
+                raise RequestError(
+                    f"{name}={getattr(self, name)!r}: expected terms with commas between, such as heads,ffn"
+                )
 
     @property
     def terms(self) -> list[str]:
         """The terms of `targets`."""
         return [term.strip() for term in self.targets.split(",")]
+
+    @property
+    def whole_terms(self) -> list[str]:
+        """The terms of `whole`."""
+        return [] if self.whole is None else [term.strip() for term in self.whole.split(",")]
 
     @property
     def scale(self) -> float:

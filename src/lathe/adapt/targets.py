@@ -26,8 +26,11 @@ def linear_layers(architecture: Architecture) -> dict[str, Parameter]:
     }
 
 
-def choose(architecture: Architecture, terms: list[str]) -> list[str]:
+def choose(architecture: Architecture, terms: list[str], *, setting: str = "targets") -> list[str]:
     """The names of the layers that any of the terms matches, in the blueprint's order.
+
+    Args:
+        setting: where the terms come from, for the error's sake.
 
     Raises:
         RequestError: a term that is no role, axis or pattern, or that matches no layer.
@@ -38,8 +41,8 @@ def choose(architecture: Architecture, terms: list[str]) -> list[str]:
         found = _matching(term, layers)
         if not found:
             raise RequestError(
-                f"targets={term!r} matches no linear layer: expected {ALL}, {_axes(layers)}, reader:AXIS, writer:AXIS, "
-                f"or a pattern of names such as {_example(layers)}"
+                f"{setting}={term!r} matches no linear layer: expected {ALL}, {_axes(layers)}, reader:AXIS, "
+                f"writer:AXIS, or a pattern of names such as {_example(layers)}"
             )
         chosen |= found
     return [name for name in layers if name in chosen]

@@ -28,7 +28,7 @@ _COLUMNS = {
 
 
 def command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's directory, or a hub id.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's directory, or an adapter's, or a hub id.")],
     settings: Annotated[
         list[str] | None,
         typer.Argument(
@@ -42,6 +42,7 @@ def command(
         Path | None,
         typer.Option(help="Evaluate on a run's validation data, as it was asked: its directory, run.json or RUN.yaml."),
     ] = None,
+    adapter: Annotated[str | None, typer.Option(help="Put this adapter on the model; adapter=DIRECTORY.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first records (of each task); limit=N.")] = None,
     outputs: Annotated[
         str | None, typer.Option(metavar="FILE.jsonl", help="Keep source, reference and output of every text.")
@@ -51,7 +52,7 @@ def command(
 ) -> None:
     """Measure loss, perplexity, bits per byte; accuracy and F1; exact match, BLEU and chrF of written text."""
     words: dict[str, Any] = dict(parse_settings(settings or []))
-    options = {"data": data, "limit": limit, "outputs": outputs, "device": device}
+    options = {"data": data, "adapter": adapter, "limit": limit, "outputs": outputs, "device": device}
     for key, value in options.items():
         if value is None:
             continue

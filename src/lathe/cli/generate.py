@@ -14,11 +14,12 @@ from lathe.errors import RequestError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from lathe.api import Model
     from lathe.generate.text import Completion
 
 
 def command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's directory, or a hub id.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's directory, or an adapter's, or a hub id.")],
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="What to start from; may be repeated.")] = None,
     file: Annotated[Path | None, typer.Option("--file", help="Take prompts from a UTF-8 file, one a line.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="How many tokens to add at most.")] = None,
@@ -31,6 +32,7 @@ def command(
     num_return_sequences: Annotated[int | None, typer.Option(help="How many samples of each prompt.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same samples.")] = None,
     special_tokens: Annotated[bool, typer.Option("--special-tokens", help="Keep </s>, sentinels and so on.")] = False,
+    adapter: Annotated[Path | None, typer.Option(help="Put this adapter on the model: its directory.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the CPU unless given.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -50,11 +52,12 @@ def command(
     prompts = [*(prompt or []), *(_lines(file) if file is not None else [])]
     if not prompts:
         raise RequestError("there is nothing to start from: give --prompt TEXT, or --file with prompts, one a line")
-    _run(model, prompts, settings, seed, special_tokens, device, as_json)
+    _run(model, adapter, prompts, settings, seed, special_tokens, device, as_json)
 
 
 def _run(
     name: str,
+    adapter: Path | None,
     prompts: list[str],
     settings: dict[str, Any],
     seed: int | None,
@@ -64,12 +67,11 @@ def _run(
 ) -> None:
     import secrets
 
-    import lathe
     from lathe.cli.output import emit_json, say
     from lathe.generate.settings import turned_off
     from lathe.generate.text import complete
 
-    model = lathe.load(name, device=_device(device))
+    model = _load(name, adapter, _device(device))
     if model.tokenizer is None:
         raise RequestError(f"{name} has no tokenizer; put its tokenizer's files beside its weights")
     off = turned_off(model.generation)
@@ -95,6 +97,24 @@ def _run(
         return
     _show(found, model.encoder is None)
     say(f"{n_tokens:,} tokens in {seconds:.1f} s, {n_tokens / seconds:,.0f} a second")
+
+
+def _load(name: str, adapter: Path | None, device: Any) -> Model:
+    """The model, with the adapter on it that was asked for or that stands in its place."""
+    import lathe
+    from lathe.adapt import load_adapter
+    from lathe.adapt.opening import base_of, is_adapter
+
+    if is_adapter(name):
+        if adapter is not None:
+            raise RequestError(f"{name} is an adapter and no model: expected the base of {adapter}")
+        name, adapter = base_of(name), Path(name)
+    model = lathe.load(name, device=device)
+    if adapter is not None:
+        load_adapter(model, adapter.expanduser())
+        if lathe.Tokenizer.is_in(adapter.expanduser()):
+            model.tokenizer = lathe.Tokenizer.load(adapter.expanduser())
+    return model
 
 
 def _answer(name: str, settings: Mapping[str, Any], seed: int, found: list[Completion]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ VERBS: dict[str, str] = {
     "train": "lathe.cli.train",
     "evaluate": "lathe.cli.evaluate",
     "report": "lathe.cli.report",
+    "adapt": "lathe.cli.adapt",
     "generate": "lathe.cli.generate",
     "tokenize": "lathe.cli.tokenize",
     "tokenizer": "lathe.cli.tokenizer",

@@ -44,6 +44,7 @@ log = logging.getLogger("lathe")
 _STEP = re.compile(r"step-([0-9]+)")
 _GONE = ".lathe-gone-"
 _MANIFEST, _STATE, _OPTIMIZER = "manifest.json", "trainer.json", "optimizer"
+TRAINED = "trained"  # what a run with an adapter trains; its base is not in the checkpoint
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,10 @@ class Stored:
     state: dict[str, Any]
 
     def weights(self) -> dict[str, Tensor]:
-        """The model's tensors by the blueprint's names, as views of the file."""
+        """The model's tensors by the blueprint's names, as views of the file; of an adapter, those that it trains."""
+        if (self.path / TRAINED).is_dir():
+            with open_tensors(self.path / TRAINED) as source:
+                return dict(source.items())
         parameters = open_checkpoint(self.path).parameters
         return {name: parameters.tensor(name) for name in parameters.names()}
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lathe.adapt import adapter_names, folded_tensors
+from lathe.adapt.opening import base_of, is_adapter, open_adapted
 from lathe.architecture import Architecture
 from lathe.checkpoint.load import open_checkpoint
 from lathe.checkpoint.save import save_checkpoint
@@ -26,6 +28,7 @@ from lathe.objectives.base import Objective
 from lathe.objectives.by_name import OBJECTIVES, objective
 from lathe.presets import heads, names, preset
 from lathe.text.tokenizer import Tokenizer
+from lathe.train.adapting import put_on, sample, write_adapter
 from lathe.train.loop import StepReport, TrainResult
 from lathe.train.machine import pick_device
 from lathe.train.parallel import choose
@@ -47,13 +50,22 @@ class Subject:
     tokenizer: Tokenizer
     generation: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    base: str | None = None  # where its trained weights are from; None: they are new
+    fresh: tuple[str, ...] = ()  # the parameters that the base has no values for
 
     def write(self, path: Path) -> None:
-        """Write the model as a directory that stock tools open, where its family can hold it."""
+        """Write the model as a directory that stock tools open, where its family can hold it.
+
+        Of a model with an adapter, the adapter is written (`lathe.train.adapting`).
+        """
+        if adapter_names(self.model):
+            assert self.base is not None
+            write_adapter(self.model, path, self.base, self.tokenizer)
+            return
         save_checkpoint(
             path,
             self.model.architecture,
-            {name: tensor.detach() for name, tensor in self.model.state_dict().items()},
+            folded_tensors(self.model),
             tokenizer=self.tokenizer,
             generation=self.generation,
             config=self.config,
@@ -69,6 +81,7 @@ class Job:
     batches: Batches
     evaluation: list[Any] | None
     ranks: Ranks = ALONE
+    asked: Mapping[str, Any] = field(default_factory=dict)  # more that a resume must ask again
 
     def run(self, *, resume: bool = False, on_step: Callable[[StepReport], None] | None = None) -> TrainResult:
         """Train; see `lathe.train.fit`."""
@@ -82,7 +95,7 @@ class Job:
             save=request.save,
             evaluation=self.evaluation,
             resume=resume,
-            asked={"data": {"rows": request.data.rows}},
+            asked={"data": {"rows": request.data.rows}, **self.asked},
             notes={"run.json": json.dumps(request.to_dict(), indent=2, ensure_ascii=False) + "\n"},
             on_step=on_step,
             ranks=self.ranks,
@@ -105,6 +118,11 @@ def open_job(request: RunSettings, ranks: Ranks = ALONE) -> Job:
 
 
 def _opened(request: RunSettings, ranks: Ranks, device: str) -> Job:
+    if is_adapter(request.model):
+        raise RequestError(
+            f"{request.model} is an adapter and no model: fold it into its base first "
+            "(lathe adapt merge BASE ADAPTER DESTINATION), or train on its base"
+        )
     subject = open_subject(request.model, request.tokenizer, request.architecture, request.seed, device)
     made = make_objective(subject, request.objective)
     data = request.data
@@ -124,7 +142,21 @@ def _opened(request: RunSettings, ranks: Ranks, device: str) -> Job:
     if text is not None:
         fixed = Batches(text, made, length=data.length, rows=data.rows, seed=data.seed)
         held_out = fixed.one_pass(data.validation_batches)
-    return Job(request, subject, batches, held_out, ranks)
+    return Job(request, subject, batches, held_out, ranks, _adapt(request, subject))
+
+
+def _adapt(request: RunSettings, subject: Subject) -> dict[str, Any]:
+    """Put the adapter that a request asks for on its model; what a resume must then ask again."""
+    if request.adapter is None:
+        return {}
+    if subject.base is None:
+        raise RequestError(
+            f"adapter: {request.model} is new here, and an adapter is for a model that is trained; give a directory or "
+            "a hub id, or leave adapter out"
+        )
+    base = sample(subject.model)
+    settings = put_on(subject.model, request.adapter, subject.fresh, request.seed)
+    return {"adapter": settings.to_dict(), "base_weights": base}
 
 
 def make_objective(subject: Subject, asked: Mapping[str, Any]) -> Objective:
@@ -139,14 +171,30 @@ def make_objective(subject: Subject, asked: Mapping[str, Any]) -> Objective:
 
 
 def open_subject(
-    model: str, tokenizer: str | None, changes: Mapping[str, Any], seed: int, device: str = "auto"
+    model: str,
+    tokenizer: str | None,
+    changes: Mapping[str, Any],
+    seed: int,
+    device: str = "auto",
+    *,
+    adapter: str | None = None,
 ) -> Subject:
     """New weights of a preset or an architecture's file; the weights of a directory or a hub id.
+
+    Args:
+        model: may be the directory of an adapter, which names its base.
+        adapter: the directory of an adapter to put on the model.
 
     Raises:
         RequestError: no such model, no tokenizer, or sizes for a model that has its weights already.
     """
     where = pick_device(device)
+    if is_adapter(model):
+        if adapter is not None:
+            raise RequestError(f"{model} is an adapter and no model: expected the base of {adapter}")
+        return _adapted(base_of(model), model, tokenizer, where)
+    if adapter is not None:
+        return _adapted(model, adapter, tokenizer, where)
     new = _architecture(model, changes.get(_HEAD))
     if new is None:
         return _trained(model, tokenizer, changes, seed, where)
@@ -164,21 +212,35 @@ def open_subject(
 def _trained(model: str, tokenizer: str | None, changes: Mapping[str, Any], seed: int, where: Any) -> Subject:
     """Trained weights; under another head they stay, and what only that head has is new."""
     checkpoint = open_checkpoint(model)
-    parameters = checkpoint.parameters
     architecture = _with_head(checkpoint.architecture, model, changes)
-    weights = {name: parameters.tensor(name) for name in parameters.names()}
+    text = _tokenizer(tokenizer, checkpoint.directory, model)
+    parameters = checkpoint.parameters
     built = Transformer(architecture, seed=seed)
     own = built.state_dict()
-    kept = {name: tensor for name, tensor in weights.items() if name in own}
-    fresh = [name for name in own if name not in kept]
+    kept = {name: parameters.tensor(name) for name in parameters.names() if name in own}
+    # A classifier of other labels is another classifier.
+    kept = {name: tensor for name, tensor in kept.items() if tensor.shape == own[name].shape}
+    fresh = tuple(name for name in own if name not in kept)
     if fresh:
         log.warning("these parameters are new, and drawn from seed %d: %s", seed, ", ".join(fresh))
     built.load_state_dict({**own, **kept})
-    place = Path(tokenizer) if tokenizer is not None else checkpoint.directory
+    config = checkpoint.config if architecture is checkpoint.architecture else {}
+    return Subject(built.to(where), text, checkpoint.generation, config, model, fresh)
+
+
+def _adapted(base: str, adapter: str, tokenizer: str | None, where: Any) -> Subject:
+    """A base with an adapter on it, under the adapter's head."""
+    model, checkpoint = open_adapted(base, adapter)
+    own = Path(adapter).expanduser()
+    text = _tokenizer(tokenizer, own if Tokenizer.is_in(own) else checkpoint.directory, base)
+    return Subject(model.float().to(where), text, checkpoint.generation, base=base)
+
+
+def _tokenizer(asked: str | None, beside: Path | None, model: str) -> Tokenizer:
+    place = Path(asked) if asked is not None else beside
     if place is None or not Tokenizer.is_in(place):
         raise RequestError(f"{place or model} holds no tokenizer: give tokenizer=DIRECTORY")
-    config = checkpoint.config if architecture is checkpoint.architecture else {}
-    return Subject(built.to(where), Tokenizer.load(place), checkpoint.generation, config)
+    return Tokenizer.load(place)
 
 
 def _with_head(architecture: Architecture, model: str, changes: Mapping[str, Any]) -> Architecture:

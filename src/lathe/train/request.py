@@ -7,6 +7,7 @@
     data: {train: corpus.txt, validation: held-out.txt, length: 128, rows: 16}
     steps: 2000                    # and every other field of TrainSettings
     optimizer: {lr: 3e-3}
+    adapter: {rank: 8}             # LoRA, on a trained model
     save: {every: 500, keep: 2}
     out: runs/small
 
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lathe.adapt.settings import LoraSettings
 from lathe.architecture import ALIASES, Architecture
 from lathe.errors import RequestError
 from lathe.spec import Spec, choice, size, unknown
@@ -87,6 +89,7 @@ class RunSettings(TrainSettings):
     objective: dict  # type: ignore[type-arg]  # checked by the objective itself
     architecture: dict = field(default_factory=dict)  # type: ignore[type-arg]  # checked by the architecture
     tokenizer: str | None = None
+    adapter: LoraSettings | None = None  # train a LoRA adapter and leave the model as it is; none: train all of it
     save: SaveSettings = field(default_factory=SaveSettings)
     out: str | None = None  # where the run is kept; none: runs/MODEL-OBJECTIVE
     device: str = "auto"
@@ -118,6 +121,7 @@ class EvaluationSettings(Spec):
     data: DataSettings
     objective: dict = field(default_factory=dict)  # type: ignore[type-arg]  # left out: what the model's head says
     tokenizer: str | None = None
+    adapter: str | None = None  # the directory of an adapter to put on the model
     device: str = "auto"
     precision: str = choice("fp32", "bf16", default="fp32")  # of the loss; texts are written in the weights' own
     limit: int | None = size(2**40, default=None)  # the first records of the data, or of each task

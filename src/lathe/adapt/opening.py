@@ -1,0 +1,120 @@
+"""An adapter's directory together with its base: which base it names, which head it needs, and both as one model.
+
+PEFT's two files say what is added to which model. A head that is new with the adapter (a classifier on a pretrained
+encoder) is in the file, but what kind of head it is, is not: PEFT expects the base to have it. Lathe writes the head's
+description beside the two files, as `head.json`, so that the plain base serves; without that file, the base's own head
+is taken.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from lathe.adapt.adapters import folded_tensors, lora_layers
+from lathe.adapt.files import load_adapter
+from lathe.adapt.layer import Whole
+from lathe.adapt.peft_config import CONFIG
+from lathe.architecture import Architecture, Head
+from lathe.blueprint import stored
+from lathe.checkpoint.load import CONFIG as MODEL_CONFIG
+from lathe.checkpoint.load import OWN, Checkpoint, open_checkpoint
+from lathe.checkpoint.save import Saved, save_checkpoint
+from lathe.errors import RequestError
+from lathe.model.transformer import Transformer
+from lathe.text.tokenizer import Tokenizer
+
+HEAD = "head.json"
+
+
+def is_adapter(directory: str | Path) -> bool:
+    """Whether a directory holds an adapter and no model of its own."""
+    folder = Path(directory).expanduser()
+    return (folder / CONFIG).is_file() and not any((folder / name).is_file() for name in (MODEL_CONFIG, OWN))
+
+
+def base_of(directory: str | Path) -> str:
+    """The base that an adapter's config names: a directory or a hub id.
+
+    Raises:
+        RequestError: it names none.
+    """
+    path = Path(directory).expanduser() / CONFIG
+    try:
+        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise RequestError(f"{path} is no JSON object ({error}); is the file complete?") from None
+    if not isinstance(base, str) or not base:
+        raise RequestError(f"{path} names no base: give the base as the model, and the adapter beside it")
+    return base
+
+
+def write_head(directory: Path, architecture: Architecture) -> None:
+    """Write the head's description beside an adapter's files."""
+    (directory / HEAD).write_text(json.dumps(architecture.head.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def adapted_architecture(directory: str | Path, base: Architecture) -> Architecture:
+    """The base with the head that the adapter was trained with.
+
+    Raises:
+        RequestError: a description that cannot be read.
+    """
+    path = Path(directory).expanduser() / HEAD
+    if not path.is_file():
+        return base
+    try:
+        head = Head.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise RequestError(f"{path} is not JSON ({error}); is the file complete?") from None
+    return base if head == base.head else base.with_({"head": head.to_dict()})
+
+
+def open_adapted(base: str, adapter: str | Path) -> tuple[Transformer, Checkpoint]:
+    """A base with an adapter on it, under the adapter's head and in the base's own type; and the base's checkpoint.
+
+    Raises:
+        RequestError: no such base, no adapter, or one that does not fit the base.
+    """
+    if not (Path(adapter).expanduser() / CONFIG).is_file():
+        raise RequestError(f"{adapter} holds no {CONFIG}: expected an adapter that peft or lathe train wrote")
+    checkpoint = open_checkpoint(base)
+    architecture = adapted_architecture(adapter, checkpoint.architecture)
+    held = {name: checkpoint.parameters.tensor(name) for name in checkpoint.parameters.names()}
+    dtype = next(iter(held.values())).dtype
+    # A head of another size is another head.
+    fresh = [p.name for p in stored(architecture) if p.name not in held or tuple(held[p.name].shape) != p.shape]
+    empty = {p.name: torch.zeros(p.shape, dtype=dtype) for p in stored(architecture) if p.name in fresh}
+    model = Transformer(architecture, seed=None, device="meta")
+    model.load_state_dict({p.name: empty.get(p.name, held.get(p.name)) for p in stored(architecture)}, assign=True)
+    load_adapter(model, Path(adapter).expanduser())
+    whole = {path for path, layer in lora_layers(model) if isinstance(layer.running, Whole)}
+    missing = [name for name in fresh if name.rpartition(".")[0] not in whole]
+    if missing:
+        raise RequestError(
+            f"neither {base} nor the adapter in {adapter} has values for {missing[0]}: "
+            "give the base that the adapter was trained on"
+        )
+    return model.eval(), checkpoint
+
+
+def merge_into_base(base: str, adapter: str | Path, destination: Path) -> Saved:
+    """Write a base with an adapter folded in as a model of its own, with the tokenizer that is beside either.
+
+    Raises:
+        RequestError: what `open_adapted` refuses, or `destination` exists.
+        LatheError: the disk is full; nothing is left behind.
+    """
+    model, checkpoint = open_adapted(base, adapter)
+    beside = [Path(adapter).expanduser(), *([checkpoint.directory] if checkpoint.directory is not None else [])]
+    place = next((each for each in beside if Tokenizer.is_in(each)), None)
+    return save_checkpoint(
+        destination,
+        model.architecture,
+        folded_tensors(model),
+        tokenizer=None if place is None else Tokenizer.load(place),
+        generation=checkpoint.generation,
+        config=checkpoint.config if model.architecture == checkpoint.architecture else {},
+    )
