@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,21 +49,26 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Train a model, and keep checkpoints that can be resumed and opened anywhere."""
-    words: dict[str, Any] = dict(parse_settings(settings or []))
+    from lathe.train.ranks import joined
+
     options = {"data.train": data, "data.validation": validation, "out": out, "device": device}
+    with joined() as ranks:  # first of all, so that whatever goes wrong is said once
+        words = _words(settings or [], options)
+        if Path(model).suffix in (".yaml", ".yml"):
+            _train(read_yaml(Path(model)), words, ranks, resume, as_json)
+        else:
+            _train({}, {**words, "model": model}, ranks, resume, as_json)
+
+
+def _words(settings: list[str], options: Mapping[str, str | None]) -> dict[str, Any]:
+    words: dict[str, Any] = dict(parse_settings(settings))
     for key, value in options.items():
         if value is None:
             continue
         if key in words or (key == "data.train" and "data" in words):
             raise RequestError(f"{key} is set twice, by an option and by a word; set it once")
         words[key] = value
-    from lathe.train.ranks import joined
-
-    with joined() as ranks:
-        if Path(model).suffix in (".yaml", ".yml"):
-            _train(read_yaml(Path(model)), words, ranks, resume, as_json)
-        else:
-            _train({}, {**words, "model": model}, ranks, resume, as_json)
+    return words
 
 
 def _train(tree: Any, words: dict[str, Any], ranks: Ranks, resume: bool, as_json: bool) -> None:

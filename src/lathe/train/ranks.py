@@ -125,6 +125,11 @@ def joined() -> Iterator[Ranks]:
         except Exception as error:
             if size > 1 and not _is_first(store):
                 raise SystemExit(getattr(error, "exit_code", 1)) from None
+            if _lost_touch(error):
+                raise LatheError(
+                    f"rank {rank} of {size} lost touch with another process of this run: see whether the system killed "
+                    "it (for memory, perhaps); a resume goes on from the last checkpoint"
+                ) from error
             raise
     # Not after a failure: the ranks that are left would wait for each other, and the process ends anyway.
     dist.destroy_process_group()
@@ -135,6 +140,11 @@ def _is_first(store: Store) -> bool:
         return bool(store.add("lathe/failed", 1) == 1)
     except RuntimeError:  # the store went with the rank that kept it
         return False
+
+
+def _lost_touch(error: Exception) -> bool:
+    # gloo has no type of its own for it, but names its own source file.
+    return type(error) is RuntimeError and "gloo/transport" in str(error)
 
 
 @contextmanager
