@@ -161,7 +161,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["gpt2", "new", "d_ff=40", "--run", "kept"], "nothing heals here"),
     (["gpt2", "text.txt", "d_ff=40"], "is a file"),
     (["gpt2", "t5", "d_ff=40"], "already exists"),
-    (["quantised", "new", "d_ff=40"], "quantization_config"),
+    (["quantised", "new", "d_ff=40"], "quantised is quantised already"),
     (["bare", "new", "d_model=12", "--calibrate", "text.txt"], "holds no tokenizer"),
     (["gpt2", "new", "n_kv_heads=1", "--calibrate", "text.txt"], "n_kv_heads=none, and Lathe's own form"),
     (["nowhere/", "new", "d_ff=40"], "there is no directory"),

@@ -22,6 +22,7 @@ from lathe.report.frontier import Point, best, frontier_svg, write_frontier_png
 from lathe.report.html import Page
 from lathe.reshape.job import Reporter, Silent, Source, open_source
 from lathe.reshape.measure import Quality, parameters_of, quality, speeds, weight_bytes
+from lathe.reshape.outcome import finite
 from lathe.reshape.text import Text, TextSettings, lay, read_documents
 from lathe.train.machine import pick_device
 
@@ -78,8 +79,9 @@ class Comparison:
         return "bits a byte of text" if self.measure == "bits_per_byte" else "loss, nats a target"
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON values."""
-        return {**asdict(self), "frontier": [point.name for point in best(self.points)]}
+        """Everything as plain JSON values; an infinite number is None."""
+        plain: dict[str, Any] = finite({**asdict(self), "frontier": [point.name for point in best(self.points)]})
+        return plain
 
 
 def compare(

@@ -11,6 +11,7 @@ Pages are made by whoever calls, from the `Outcome`: this package draws nothing.
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import time
@@ -25,7 +26,8 @@ import torch
 from lathe.architecture import Architecture
 from lathe.blueprint import stored
 from lathe.checkpoint.atomic import atomic_directory
-from lathe.checkpoint.load import open_checkpoint
+from lathe.checkpoint.hub import fetch
+from lathe.checkpoint.load import CONFIG, open_checkpoint
 from lathe.errors import RequestError
 from lathe.families import objections
 from lathe.model.transformer import Transformer
@@ -180,6 +182,7 @@ def open_source(name: str) -> Source:
     Raises:
         RequestError: no such model, or one that is quantised already.
     """
+    _refuse_quantised(name)
     checkpoint = open_checkpoint(name)
     parameters = checkpoint.parameters
     assert checkpoint.directory is not None
@@ -187,6 +190,22 @@ def open_source(name: str) -> Source:
     model.load_state_dict({each: parameters.tensor(each) for each in parameters.names()}, assign=True)
     tokenizer = Tokenizer.load(checkpoint.directory) if Tokenizer.is_in(checkpoint.directory) else None
     return Source(name, checkpoint.directory, model.eval(), tokenizer, checkpoint.generation, checkpoint.config)
+
+
+def _refuse_quantised(name: str) -> None:
+    """Refuse a config that names a quantisation, before any weights are fetched."""
+    file = fetch(name, weights=False) / CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError:
+        return  # no JSON: whoever opens the checkpoint says so
+    found = config.get("quantization_config") if isinstance(config, dict) else None
+    if found:
+        kind = found.get("quant_method") if isinstance(found, dict) else None
+        raise RequestError(
+            f"{name} is quantised already{f' ({kind})' if kind else ''} (quantization_config in its {CONFIG}): cut the "
+            "model as it was before that, and quantise the result"
+        )
 
 
 def recipe_of(job: Job) -> Recipe:
