@@ -4,6 +4,7 @@ from lathe.train.distil import Distillation
 from lathe.train.evaluate import Evaluation, evaluate
 from lathe.train.loop import StepReport, TrainResult, train
 from lathe.train.loss import label_logits, objective_loss
+from lathe.train.ranks import Ranks, joined
 from lathe.train.run import fit
 from lathe.train.settings import OptimizerSettings, SaveSettings, ScheduleSettings, TrainSettings
 
@@ -11,6 +12,7 @@ __all__ = [
     "Distillation",
     "Evaluation",
     "OptimizerSettings",
+    "Ranks",
     "SaveSettings",
     "ScheduleSettings",
     "StepReport",
@@ -18,6 +20,7 @@ __all__ = [
     "TrainSettings",
     "evaluate",
     "fit",
+    "joined",
     "label_logits",
     "objective_loss",
     "train",

@@ -182,7 +182,7 @@ class Run:
         return self.progress >= 1.0 or (every is not None and self.steps % every == 0)
 
     def evaluate(self, batches: Sequence[Batch]) -> Evaluation:
-        """The loss of the labels' own on a fixed set, which every rank holds whole."""
+        """The labels' own loss on a fixed set, which every rank holds whole."""
 
         def judge(_: Transformer, batch: Batch) -> tuple[Tensor, int]:
             return self.spread.judge(batch, objective_loss)

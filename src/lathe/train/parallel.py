@@ -167,7 +167,8 @@ class Spread:
             given = dict(self.given.named_parameters())
             with torch.no_grad():
                 for name, parameter in self.model.named_parameters():
-                    given[name].copy_(self.whole(parameter.detach()))
+                    if parameter.requires_grad:  # nothing else has moved
+                        given[name].copy_(self.whole(parameter.detach()))
 
 
 class _Loss(nn.Module):
