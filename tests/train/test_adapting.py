@@ -260,6 +260,10 @@ def test_models_and_adapters_are_not_taken_for_each_other(cli: Callable, here: P
     assert not (here / "again").exists()
     config = here / last / "adapter_config.json"
     values = json.loads(config.read_text())
+    config.write_text(json.dumps({**values, "base_model_name_or_path": "./gone"}))
+    moved = cli("generate", last, "--prompt", "a")
+    assert moved.code == 2
+    assert "was trained on ./gone, which is not here: give the base as the model" in moved.err
     config.write_text(json.dumps({**values, "base_model_name_or_path": None}))
     with pytest.raises(RequestError, match="names no base: give the base as the model"):
         base_of(last)

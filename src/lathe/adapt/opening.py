@@ -39,7 +39,7 @@ def base_of(directory: str | Path) -> str:
     """The base that an adapter's config names: a directory or a hub id.
 
     Raises:
-        RequestError: it names none.
+        RequestError: it names none, or a directory that is not here.
     """
     path = Path(directory).expanduser() / CONFIG
     try:
@@ -48,6 +48,11 @@ def base_of(directory: str | Path) -> str:
         raise RequestError(f"{path} is no JSON object ({error}); is the file complete?") from None
     if not isinstance(base, str) or not base:
         raise RequestError(f"{path} names no base: give the base as the model, and the adapter beside it")
+    if not Path(base).expanduser().exists() and (base[0] in "/.~" or base.count("/") > 1):
+        raise RequestError(
+            f"the adapter in {directory} was trained on {base}, which is not here: give the base as the model, and "
+            "the adapter beside it (--adapter)"
+        )
     return base
 
 
