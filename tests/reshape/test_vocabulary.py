@@ -246,6 +246,7 @@ def test_generation_settings_keep_their_tokens() -> None:
         ({"vocabulary": Vocabulary(ids=[4, 600])}, "ids holds 600: expected ids from 0 to 499"),
         ({"vocabulary": Vocabulary(ids=[4]), "vocab_size": 300}, "ids says already which tokens to keep"),
         ({"vocabulary": []}, "the corpus is empty"),
+        ({"vocabulary": Vocabulary()}, "asks for nothing"),
         ({"vocab_size": 400, "vocabulary": Vocabulary(LINES, words=["hippo"])}, "cut it first, then add the words"),
     ],
 )

@@ -50,6 +50,12 @@ class Vocabulary:
         ids: the ids to keep, for whoever has chosen them already; the only way for a model without a tokenizer and
             without text. The ids that the model itself needs are kept as well.
         multiple_of: rows are added until their number is a multiple of this. The tokenizer does not have them.
+
+    >>> import lathe
+    >>> tiny = lathe.preset("gpt2").with_(d_model=24, n_heads=2, d_head=12, d_ff=48, n_layers=1, vocab_size=500)
+    >>> padded = lathe.resize(lathe.Model(tiny, seed=0), vocabulary=lathe.Vocabulary(multiple_of=64))
+    >>> padded.architecture.embedding.vocab_size
+    512
     """
 
     corpus: Corpus | None = None
@@ -133,8 +139,10 @@ def settle(
     size = architecture.with_(vocab_size=sizes[-1]).embedding.vocab_size if sizes else None
     if asked is None and size in (None, architecture.embedding.vocab_size):
         return None
-    settle = _Settling(architecture, tokenizer, size, asked or Vocabulary(), batches, reserved)
-    return settle.without_tokenizer() if tokenizer is None else settle.with_tokenizer(tokenizer)
+    if asked == Vocabulary() and size is None:
+        raise RequestError("the vocabulary asks for nothing: give a corpus, words, ids or multiple_of")
+    settling = _Settling(architecture, size, asked or Vocabulary(), batches, reserved)
+    return settling.without_tokenizer() if tokenizer is None else settling.with_tokenizer(tokenizer)
 
 
 class _Settling:
@@ -143,7 +151,6 @@ class _Settling:
     def __init__(
         self,
         architecture: Architecture,
-        tokenizer: Tokenizer | None,
         size: int | None,
         asked: Vocabulary,
         batches: Iterable[Batch],
