@@ -146,7 +146,8 @@ def test_growth_keeps_every_logit_and_starts_new_pieces_from_means(name: str, tm
     if size > large.tokenizer.vocab_size:
         row = large.tensors()["embedding.tokens.weight"][-1]
         torch.testing.assert_close(row, source.tensors()["embedding.tokens.weight"].mean(0), rtol=0, atol=1e-6)
-    same_in_stock(large, tmp_path)
+    if name in ("t5", "bert", "bart", "llama"):  # one of each kind of tokenizer and head
+        same_in_stock(large, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["t5", "bert", "llama"])
@@ -179,7 +180,7 @@ def test_rows_without_a_token_go_first_and_need_no_text() -> None:
     assert small.steps[0].exact
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(architecture=architectures(), data=st.data())
 def test_kept_ids_without_a_tokenizer(architecture: Architecture, data: st.DataObject) -> None:
     vocab = architecture.embedding.vocab_size

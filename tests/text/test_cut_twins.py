@@ -27,7 +27,8 @@ def smaller(tokenizer: Tokenizer, directory: Path) -> Tokenizer:
     return made
 
 
-@pytest.mark.parametrize(("recipe", "tokenizer_class", "settings"), CASES, ids=case_name)
+# Every other one: between them they have all classes and all kinds of settings.
+@pytest.mark.parametrize(("recipe", "tokenizer_class", "settings"), [*CASES[::2], CASES[11]], ids=case_name)
 def test_a_vocabulary_file_and_its_settings(
     recipe: tuple[str, dict[str, Any]], tokenizer_class: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -39,7 +40,7 @@ def test_a_vocabulary_file_and_its_settings(
 
 @pytest.mark.parametrize(
     ("convention", "options"),
-    [("t5", {}), ("t5", {"byte_fallback": False}), ("albert", {}), ("bert", {}), ("gpt2", {}), ("llama", {})],
+    [("t5", {}), ("t5", {"byte_fallback": False}), ("bert", {}), ("llama", {})],
 )
 def test_what_transformers_saved(convention: str, options: dict[str, Any], tmp_path: Path) -> None:
     trained(convention, **options).save(tmp_path / "trained")

@@ -28,7 +28,7 @@ WORDS = ["훈민정음", "hippopotamus", "semiaquatic"]
 
 @pytest.mark.parametrize("how", ["words", "text"])
 @pytest.mark.parametrize(("convention", "options"), KINDS, ids=name)
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(data=st.data())
 def test_text_without_a_new_piece_is_read_as_before(
     convention: str, options: dict[str, Any], how: str, data: st.DataObject
@@ -64,7 +64,8 @@ def test_learnt_pieces_fill_the_size_and_shorten_the_text(convention: str, optio
     assert made.tokenizer.encode(NEW).count(made.tokenizer.unk_id or -1) <= old.encode(NEW).count(old.unk_id or -1)
 
 
-@pytest.mark.parametrize("how", ["words", "text"])
+# Words and learnt pieces go the same way into the files, so each kind is looked at once.
+@pytest.mark.parametrize("how", ["text"])
 @pytest.mark.parametrize(("convention", "options"), KINDS, ids=name)
 def test_stock_transformers_reads_the_same(convention: str, options: dict[str, Any], how: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")

@@ -83,7 +83,9 @@ def grow(tokenizer: Tokenizer, pieces: Sequence[str], limit: int | None = None) 
     if len(set(pieces)) != len(pieces):
         twice = next(piece for number, piece in enumerate(pieces) if piece in pieces[:number])
         raise RequestError(f"{twice!r} is twice among the new pieces: give it once")
-    make = {"Unigram": _unigram, "BPE": _bpe, "WordPiece": _wordpiece}[document["model"]["type"]]
+    kind = document["model"]["type"]
+    if kind not in _KINDS:
+        raise RequestError(f"this tokenizer is a {kind} model: only {', '.join(_KINDS)} take new pieces")
     texts = {number: token for token, number in tokenizer.vocabulary.items()}
     if (gap := next((number for number in range(tokenizer.vocab_size) if number not in texts), None)) is not None:
         raise RequestError(
@@ -92,7 +94,7 @@ def grow(tokenizer: Tokenizer, pieces: Sequence[str], limit: int | None = None) 
         )
     tokens = [texts[number] for number in range(tokenizer.vocab_size)]
     _take_in(document["model"], tokens)
-    spellings = make(tokenizer, document["model"], tokens, pieces, limit)
+    spellings = _KINDS[kind](tokenizer, document["model"], tokens, pieces, limit)
     made = remade(tokenizer, _files(tokenizer, document, tokens))
     expected = [*tokens, *spellings]
     require_tokens(made, expected)
@@ -232,6 +234,9 @@ def _on_the_way(piece: str, vocab: Mapping[str, int], ranks: Mapping[tuple[str, 
         current[at : at + 2] = [current[at] + current[at + 1]]
         needed.append(current[at])
     return list(dict.fromkeys(needed))
+
+
+_KINDS = {"Unigram": _unigram, "BPE": _bpe, "WordPiece": _wordpiece}
 
 
 # --- the files -----------------------------------------------------------------------------------------------
