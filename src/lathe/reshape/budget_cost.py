@@ -1,0 +1,249 @@
+"""What a budget limits: parameters, bytes of the checkpoint, or milliseconds.
+
+Parameters and bytes follow from the architecture alone and are exact. Milliseconds are measured on the machine at
+hand, because matrix operations say little of them: a small model waits for its layers, not for its products. A model
+that generates is timed at one more token, one row with its key-value cache; an encoder alone at one row of text.
+Weights make no difference to that, so an architecture is timed with drawn ones, the median of several runs.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lathe.architecture import Architecture
+from lathe.blueprint import count, stored
+from lathe.errors import RequestError
+from lathe.families import holder
+from lathe.families.adapter import to_disk
+from lathe.model.cache import Cache
+from lathe.model.transformer import Transformer
+from lathe.planner.quantities import bytes_text, count_text, parse_count
+from lathe.spec import Spec, size
+
+_ROUNDS, _WARM_UP = 9, 2
+_LENGTH = 128  # tokens that a timed model reads, where it has positions for as many
+_BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetSettings(Spec):
+    """What a model may cost at most, and how hard to look for the best way there.
+
+    Args:
+        parameters, bytes, milliseconds: the limit; one of them.
+        effort: each axis is measured at `effort` + 1 sizes, and 2 · `effort` plans are tried.
+        tokens: of the calibration text that a trial is fitted on; the last few plans are fitted on all of it.
+    """
+
+    parameters: int | None = None
+    bytes: int | None = None
+    milliseconds: float | None = None
+    effort: int = size(8, default=2)
+    tokens: int = size(2**40, default=16_384)
+
+    def check(self) -> None:
+        given = {name: value for name in LIMITS if (value := getattr(self, name)) is not None}
+        if len(given) != 1:
+            raise RequestError(
+                f"a budget limits one of {', '.join(LIMITS)}, and {' and '.join(given) or 'none'} was given; give one"
+            )
+        if self.limit <= 0:
+            raise RequestError(f"{self.name}={self.limit:g}: expected more than 0")
+
+    @property
+    def name(self) -> str:
+        """Which of the limits was given."""
+        return next(name for name in LIMITS if getattr(self, name) is not None)
+
+    @property
+    def limit(self) -> float:
+        """The limit, as a number."""
+        return float(getattr(self, self.name))
+
+
+LIMITS = ("parameters", "bytes", "milliseconds")
+
+
+def read_bytes(text: str | int | float) -> int:
+    """Read `40MB` (powers of 1,000), `40MiB` (of 1,024), or a number of bytes.
+
+    Raises:
+        RequestError: anything else.
+    """
+    written = str(text).strip().lower().replace(",", "").replace("_", "")
+    number = written.rstrip("bgikm")
+    unit = written[len(number) :].strip()
+    try:
+        value = float(number) * _BYTES[unit if len(unit) != 1 or unit == "b" else f"{unit}b"]
+        if not 1 <= value <= 2**60:
+            raise ValueError
+    except (ValueError, KeyError):
+        raise RequestError(f"max_bytes={text!r}: expected bytes such as 40MB, 1.5GiB or 40,000,000") from None
+    return int(value)
+
+
+def read_settings(
+    *,
+    max_parameters: int | str | None = None,
+    max_bytes: int | str | None = None,
+    max_latency: float | None = None,
+    effort: int = 2,
+    tokens: int = 16_384,
+) -> BudgetSettings | None:
+    """The budget that was asked for, as people write it: `30M`, `40MB`, milliseconds; None where there is none.
+
+    Raises:
+        RequestError: a limit that cannot be read, or more than one.
+    """
+    if max_parameters is None and max_bytes is None and max_latency is None:
+        return None
+    return BudgetSettings(
+        parameters=None if max_parameters is None else parse_count(max_parameters, "max_parameters"),
+        bytes=None if max_bytes is None else read_bytes(max_bytes),
+        milliseconds=None if max_latency is None else float(max_latency),
+        effort=effort,
+        tokens=tokens,
+    )
+
+
+class Cost(Protocol):
+    """How much of what is limited an architecture takes."""
+
+    unit: str
+    measured: str  # what was timed and where; empty where nothing is
+
+    def of(self, architecture: Architecture) -> float:
+        """How much it takes."""
+        ...
+
+    def text(self, value: float) -> str:
+        """A number of it, as people write it."""
+        ...
+
+
+class ParameterCost:
+    """Trained numbers, tied and shared ones counted once."""
+
+    unit, measured = "parameters", ""
+
+    def of(self, architecture: Architecture) -> float:
+        """How many the architecture has."""
+        return float(count(architecture))
+
+    def text(self, value: float) -> str:
+        """As 30.1M."""
+        return count_text(value)
+
+
+class ByteCost:
+    """Bytes of the safetensors file that a checkpoint is written as, its header included."""
+
+    unit, measured = "bytes", ""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._itemsize = torch.empty(0, dtype=dtype).element_size()
+
+    def of(self, architecture: Architecture) -> float:
+        """The size of the file. A checkpoint of several files is a few bytes larger for each."""
+        family = holder(architecture)
+        if family is None:
+            shapes = [(p.name, p.shape) for p in stored(architecture)]
+        else:
+            shapes = [(name, shape) for name, shape, _ in to_disk(family, architecture)]
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name, shape in sorted(shapes):
+            end = offset + self._itemsize * torch.Size(shape).numel()
+            header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
+            offset = end
+        length = len(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode())
+        return float(8 + length + -length % 8 + offset)
+
+    def text(self, value: float) -> str:
+        """As 38.2 MiB."""
+        return bytes_text(value)
+
+
+class LatencyCost:
+    """Milliseconds, measured once for each architecture.
+
+    Args:
+        device, dtype: where and in which numbers.
+    """
+
+    unit = "milliseconds"
+
+    def __init__(self, source: Architecture, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
+        self._known: dict[str, float] = {}
+        limits = [stack.positions.limit for _, stack in source.stacks]
+        room = [limit - _ROUNDS - _WARM_UP for limit in limits if limit is not None]  # every run adds a token
+        self._length = max(1, min([_LENGTH, *room]))
+        what = "one row of" if source.decoder is None else "one more token after"
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
+        self.measured = (
+            f"{what} {self._length} tokens, {str(dtype).removeprefix('torch.')}, on {name} with "
+            f"{torch.get_num_threads()} threads, the median of {_ROUNDS} runs"
+        )
+
+    def of(self, architecture: Architecture) -> float:
+        """The median of several runs."""
+        key = architecture.to_json()
+        if key not in self._known:
+            self._known[key] = self._timed(architecture)
+        return self._known[key]
+
+    def text(self, value: float) -> str:
+        """As 12.3 ms."""
+        return f"{value:.3g} ms"
+
+    def _timed(self, architecture: Architecture) -> float:
+        model = Transformer(architecture, seed=0).to(self._device, self._dtype).eval()
+        ids = torch.zeros((1, self._length), dtype=torch.long, device=self._device)
+        if architecture.tokens.eos:  # a pooler may look for it
+            ids[:, -1] = architecture.tokens.eos[0]
+        seconds = []
+        with torch.no_grad():
+            run = self._prepared(model, ids)
+            for turn in range(_ROUNDS + _WARM_UP):
+                self._wait()
+                started = time.perf_counter()
+                run()
+                self._wait()
+                if turn >= _WARM_UP:
+                    seconds.append(time.perf_counter() - started)
+        return 1000 * statistics.median(seconds)
+
+    def _prepared(self, model: Transformer, ids: Tensor) -> Callable[[], object]:
+        """What is timed, with all that stands before it done."""
+        architecture, one = model.architecture, ids[:, :1]
+        if architecture.decoder is None:
+            return lambda: model(input_ids=ids)
+        slots = self._length + _ROUNDS + _WARM_UP
+        cache = Cache(architecture, 1, slots, dtype=self._dtype, device=self._device)
+        if architecture.encoder is None:
+            model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+            return lambda: model(input_ids=one, past_key_values=cache)
+        memory = model.encode(ids)
+        model(decoder_input_ids=ids, encoder_outputs=memory, past_key_values=cache, logits_to_keep=1)
+        return lambda: model(decoder_input_ids=one, encoder_outputs=memory, past_key_values=cache)
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def cost_of(settings: BudgetSettings, source: Architecture, device: torch.device, dtype: torch.dtype) -> Cost:
+    """What the settings limit."""
+    if settings.name == "parameters":
+        return ParameterCost()
+    return ByteCost(dtype) if settings.name == "bytes" else LatencyCost(source, device, dtype)
