@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lathe.adapt import adapter_names, folded_tensors
+from lathe.adapt.opening import base_of, is_adapter, open_adapted_as, tokenizer_of
 from lathe.architecture import Architecture
 from lathe.blueprint import stored
 from lathe.checkpoint.load import Checkpoint, open_checkpoint
@@ -197,6 +198,8 @@ def load(
 ) -> Model:
     """Load a model: a directory, a hub id, or a model object of `transformers`.
 
+    The directory of an adapter (`lathe.adapt`) gives the base that it names with the adapter on it.
+
     Args:
         revision: a branch, tag or commit of the hub's repository.
         device: where to put the weights; the CPU where left out.
@@ -215,6 +218,10 @@ def load(
     """
     if isinstance(model, torch.nn.Module):
         return _from_object(model, device, dtype)
+    if is_adapter(model):
+        if revision is not None:
+            raise RequestError(f"revision={revision}: {model} is an adapter's directory, which has none; leave it out")
+        return _from_adapter(model, device, dtype)
     return Model.from_checkpoint(open_checkpoint(model, revision), device=device, dtype=dtype)
 
 
@@ -343,6 +350,20 @@ def _require_tokenizer(model: Model, file: str) -> Tokenizer:
             f"the model has no tokenizer to read {file} with; set model.tokenizer, or give batches of ids"
         )
     return model.tokenizer
+
+
+def _from_adapter(directory: str | Path, device: torch.device | str | None, dtype: torch.dtype | None) -> Model:
+    """The base that an adapter names, with the adapter on it."""
+
+    def make(architecture: Architecture, tensors: Mapping[str, Tensor]) -> Model:
+        return Model(architecture, tensors, device=device, dtype=dtype)
+
+    model, checkpoint = open_adapted_as(base_of(directory), directory, make)
+    model.tokenizer = tokenizer_of(directory, checkpoint)
+    model.generation = dict(checkpoint.generation)
+    if model.architecture == checkpoint.architecture:
+        model.config = dict(checkpoint.config)
+    return model
 
 
 def _as_batch(model: Model, given: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -100,6 +100,11 @@ def test_a_run_leaves_an_adapter_that_opens_everywhere_and_a_base_as_it_was(cli:
         ours = model(IDS).logits
         torch.testing.assert_close(theirs(IDS).logits, ours, atol=1e-4, rtol=0)
         torch.testing.assert_close(whole(IDS).logits, ours, atol=1e-4, rtol=0)
+        loaded = lathe.load(last)
+        assert torch.equal(loaded(IDS).logits, ours)
+        assert torch.equal(loaded.to_transformers()(IDS).logits, whole(IDS).logits)
+    with pytest.raises(RequestError, match="revision=main"):
+        lathe.load(last, revision="main")
     texts = [
         cli("generate", *model, "--prompt", "the lazy", "--max-new-tokens", "5", "--greedy").out
         for model in (["./gpt2", "--adapter", str(last)], [str(last)], ["merged"])

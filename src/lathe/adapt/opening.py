@@ -9,9 +9,12 @@ is taken.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from lathe.adapt.adapters import folded_tensors, lora_layers
 from lathe.adapt.files import load_adapter
@@ -25,6 +28,8 @@ from lathe.checkpoint.save import Saved, save_checkpoint
 from lathe.errors import RequestError
 from lathe.model.transformer import Transformer
 from lathe.text.tokenizer import Tokenizer
+
+M = TypeVar("M", bound=Transformer)
 
 HEAD = "head.json"
 
@@ -77,8 +82,28 @@ def adapted_architecture(directory: str | Path, base: Architecture) -> Architect
     return base if head == base.head else base.with_({"head": head.to_dict()})
 
 
+def _plain(architecture: Architecture, tensors: Mapping[str, Tensor]) -> Transformer:
+    model = Transformer(architecture, seed=None, device="meta")
+    model.load_state_dict(dict(tensors), assign=True)
+    return model
+
+
 def open_adapted(base: str, adapter: str | Path) -> tuple[Transformer, Checkpoint]:
     """A base with an adapter on it, under the adapter's head and in the base's own type; and the base's checkpoint.
+
+    Raises:
+        RequestError: no such base, no adapter, or one that does not fit the base.
+    """
+    return open_adapted_as(base, adapter, _plain)
+
+
+def open_adapted_as(
+    base: str, adapter: str | Path, make: Callable[[Architecture, Mapping[str, Tensor]], M]
+) -> tuple[M, Checkpoint]:
+    """The same as a model of another class.
+
+    Args:
+        make: builds the model that is returned from an architecture and all its tensors.
 
     Raises:
         RequestError: no such base, no adapter, or one that does not fit the base.
@@ -92,8 +117,9 @@ def open_adapted(base: str, adapter: str | Path) -> tuple[Transformer, Checkpoin
     # A head of another size is another head.
     fresh = [p.name for p in stored(architecture) if p.name not in held or tuple(held[p.name].shape) != p.shape]
     empty = {p.name: torch.zeros(p.shape, dtype=dtype) for p in stored(architecture) if p.name in fresh}
-    model = Transformer(architecture, seed=None, device="meta")
-    model.load_state_dict({p.name: empty.get(p.name, held.get(p.name)) for p in stored(architecture)}, assign=True)
+    model = make(
+        architecture, {p.name: empty[p.name] if p.name in empty else held[p.name] for p in stored(architecture)}
+    )
     load_adapter(model, Path(adapter).expanduser())
     whole = {path for path, layer in lora_layers(model) if isinstance(layer.running, Whole)}
     missing = [name for name in fresh if name.rpartition(".")[0] not in whole]
@@ -102,7 +128,15 @@ def open_adapted(base: str, adapter: str | Path) -> tuple[Transformer, Checkpoin
             f"neither {base} nor the adapter in {adapter} has values for {missing[0]}: "
             "give the base that the adapter was trained on"
         )
-    return model.eval(), checkpoint
+    model.eval()
+    return model, checkpoint
+
+
+def tokenizer_of(adapter: str | Path, checkpoint: Checkpoint) -> Tokenizer | None:
+    """The tokenizer beside an adapter, or else beside its base."""
+    beside = [Path(adapter).expanduser(), *([checkpoint.directory] if checkpoint.directory is not None else [])]
+    place = next((each for each in beside if Tokenizer.is_in(each)), None)
+    return None if place is None else Tokenizer.load(place)
 
 
 def merge_into_base(base: str, adapter: str | Path, destination: Path) -> Saved:
@@ -113,13 +147,11 @@ def merge_into_base(base: str, adapter: str | Path, destination: Path) -> Saved:
         LatheError: the disk is full; nothing is left behind.
     """
     model, checkpoint = open_adapted(base, adapter)
-    beside = [Path(adapter).expanduser(), *([checkpoint.directory] if checkpoint.directory is not None else [])]
-    place = next((each for each in beside if Tokenizer.is_in(each)), None)
     return save_checkpoint(
         destination,
         model.architecture,
         folded_tensors(model),
-        tokenizer=None if place is None else Tokenizer.load(place),
+        tokenizer=tokenizer_of(adapter, checkpoint),
         generation=checkpoint.generation,
         config=checkpoint.config if model.architecture == checkpoint.architecture else {},
     )

@@ -189,7 +189,9 @@ def _measure(
 
 
 def _loss(found: Evaluation, documents: int) -> dict[str, Any]:
-    return {"documents": documents, "loss": found.loss, "perplexity": found.perplexity, "targets": found.targets}
+    # JSON has no infinity, which is what a loss of hundreds of nats comes to.
+    perplexity = found.perplexity if math.isfinite(found.perplexity) else None
+    return {"documents": documents, "loss": found.loss, "perplexity": perplexity, "targets": found.targets}
 
 
 def _bits(
