@@ -97,6 +97,22 @@ def test_growth_needs_no_text_and_says_that_it_is_exact(cli: Callable, here: Pat
     torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-5)
 
 
+def test_losses_under_another_tokenizer_are_not_compared(cli: Callable, here: Path):
+    ran = cli("resize", "gpt2", "fewer", "vocab_size=264", "--calibrate", "text.txt", "--device", "cpu", "--json")
+    assert ran.code == 0, ran.err
+    answer = json.loads(ran.out)
+    assert answer["steps"][-1]["renumbers"]
+    assert lathe.load("fewer").architecture.embedding.vocab_size == 264
+    card = Path("fewer/README.md").read_text(encoding="utf-8")
+    assert "The tokenizer changed" in card
+    assert "bits per byte" in card
+    assert "other tokens" in card
+    again = cli("resize", "gpt2", "again", "--recipe", "fewer", "--device", "cpu")
+    assert again.code == 0, again.err
+    for file in ("model.safetensors", "tokenizer.json"):
+        assert Path("fewer", file).read_bytes() == Path("again", file).read_bytes()
+
+
 def test_a_recipe_makes_the_same_bytes_and_refuses_anything_else(cli: Callable, here: Path):
     words = ["d_model=12", "d_ff=40", "method=select", "calibrate.tokens=900", "seed=3"]
     assert cli("resize", "gpt2", "one", *words, "--calibrate", "text.txt", "--device", "cpu").code == 0

@@ -126,7 +126,7 @@ def _show(outcome: Outcome, destination: Path) -> None:
     table = Table("", "source", "result")
     for number in (1, 2):
         table.columns[number].justify = "right"
-    header, rows = size_table(outcome.source, outcome.result)
+    header, rows = size_table(outcome)
     for row in zip(header, *rows):
         table.add_row(*row)
     console.print(table)

@@ -16,7 +16,10 @@ from lathe.reshape.outcome import Done, Outcome, Reload, Size
 from lathe.reshape.recipe import Recipe
 
 _MOST_DETAILS = 48  # rows of one table; more are drawn as a curve, and the lowest are named
-_LOSS = "loss, nats a target"
+_LOSS, _BITS = "loss, nats a target", "bits a byte of text"
+_OTHER_TOKENS = (
+    "The tokenizer changed, so losses a token do not compare before and after: fewer, longer tokens are each harder."
+)
 
 
 def pages(outcome: Outcome, recipe: Recipe) -> dict[str, str]:
@@ -28,12 +31,13 @@ def page(outcome: Outcome, recipe: Recipe) -> str:
     """The report as one HTML file."""
     made = Page(_title(outcome), f"made by Lathe {__version__} in {outcome.seconds:,.0f} seconds")
     made.text(_summary(outcome))
-    made.table(*size_table(outcome.source, outcome.result), marked=1)
-    points = _points(outcome)
+    made.table(*size_table(outcome), marked=1)
+    points, y = _points(outcome)
     if len(points) > 1:
         made.picture(
-            frontier_svg(points, y=_LOSS, in_order=True),
-            "Loss against parameters, from the source through each step. Down and to the left is better.",
+            frontier_svg(points, y=y, in_order=True),
+            f"{y.split(',')[0].capitalize()} against parameters, from the source through each step. Lower and further "
+            "left is better.",
         )
     made.heading("Steps")
     made.text(
@@ -77,7 +81,7 @@ def card(outcome: Outcome, recipe: Recipe) -> str:
         "",
         _summary(outcome),
         "",
-        *_markdown(*size_table(outcome.source, outcome.result)),
+        *_markdown(*size_table(outcome)),
         "",
         "## Steps",
         "",
@@ -110,14 +114,14 @@ _SIZES = ("model", "parameters", "bytes of weights", "loss", "perplexity", "bits
 STEPS = ("step", "kind", "logits moved", "parameters", "loss after", "change")
 
 
-def size_table(source: Size, result: Size) -> tuple[list[str], list[tuple[str, ...]]]:
+def size_table(outcome: Outcome) -> tuple[list[str], list[tuple[str, ...]]]:
     """A header, and source and result below each other with their differences; empty columns are left out."""
-    rows = _size_cells(source, result)
+    rows = _size_cells(outcome.source, outcome.result, outcome.is_comparable)
     kept = [column for column in range(len(_SIZES)) if any(row[column] != "–" for row in rows)]
     return [_SIZES[column] for column in kept], [tuple(row[column] for column in kept) for row in rows]
 
 
-def _size_cells(source: Size, result: Size) -> list[tuple[str, ...]]:
+def _size_cells(source: Size, result: Size, is_comparable: bool) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for size in (source, result):
         first = size is source
@@ -128,7 +132,7 @@ def _size_cells(source: Size, result: Size) -> list[tuple[str, ...]]:
                 size.name,
                 f"{size.parameters:,}" + ("" if first else f" {size.parameters / source.parameters - 1:+.0%}"),
                 f"{size.bytes:,}",
-                _number(found, lambda q: q.loss) + _plus(first, found, before),
+                _number(found, lambda q: q.loss) + _plus(first or not is_comparable, found, before),
                 _number(found, lambda q: q.perplexity, 2),
                 _number(found, lambda q: q.bits_per_byte),
                 "–"
@@ -145,6 +149,9 @@ def step_cells(outcome: Outcome) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for number, step in enumerate(outcome.steps, start=1):
         moved = "with the next" if step.change is None and _goes_on(outcome.steps, number) else _share(step.change)
+        difference = ""
+        if step.quality is not None and before is not None:
+            difference = "other tokens" if step.renumbers else f"{step.quality.loss - before.loss:+.4f}"
         rows.append(
             (
                 f"{number}. {step.name}",
@@ -152,7 +159,7 @@ def step_cells(outcome: Outcome) -> list[tuple[str, ...]]:
                 moved,
                 f"{step.parameters:,}",
                 _number(step.quality, lambda q: q.loss),
-                "" if step.quality is None or before is None else f"{step.quality.loss - before.loss:+.4f}",
+                difference,
             )
         )
         before = step.quality or before
@@ -193,21 +200,27 @@ def _summary(outcome: Outcome) -> str:
         f"{source.name} with {sizes}: {result.parameters:,} parameters "
         f"({result.parameters / source.parameters:.0%} of the source's {source.parameters:,})"
     )
-    if source.quality is not None and result.quality is not None:
-        ratio = result.quality.perplexity / source.quality.perplexity - 1
-        text += f", perplexity {ratio:+.1%} on {outcome.text.get('measured on', 'held-out text')}"
+    before, after = source.quality, result.quality
+    if before is not None and after is not None:
+        where = outcome.text.get("measured on", "held-out text")
+        if outcome.is_comparable:
+            text += f", perplexity {after.perplexity / before.perplexity - 1:+.1%} on {where}"
+        elif before.bits_per_byte is not None and after.bits_per_byte is not None:
+            text += f", bits per byte {after.bits_per_byte / before.bits_per_byte - 1:+.1%} on {where}"
     form = f"stock {outcome.family} files" if outcome.family else "Lathe's own form"
-    return f"{text}. Saved as {form}."
+    note = "" if outcome.is_comparable else f" {_OTHER_TOKENS}"
+    return f"{text}. Saved as {form}.{note}"
 
 
-def _points(outcome: Outcome) -> list[Point]:
-    points = []
-    if outcome.source.quality is not None:
-        points.append(Point("source", outcome.source.parameters, outcome.source.quality.loss))
-    for number, step in enumerate(outcome.steps, start=1):
-        if step.quality is not None:
-            points.append(Point(f"{number}. {step.name}", step.parameters, step.quality.loss))
-    return points
+def _points(outcome: Outcome) -> tuple[list[Point], str]:
+    """The source and each step on the plane of parameters and loss (or bits per byte, where tokens changed)."""
+    found = [("source", outcome.source.parameters, outcome.source.quality)]
+    found += [(f"{n}. {step.name}", step.parameters, step.quality) for n, step in enumerate(outcome.steps, start=1)]
+    measured = [(name, parameters, quality) for name, parameters, quality in found if quality is not None]
+    if outcome.is_comparable:
+        return [Point(name, parameters, quality.loss) for name, parameters, quality in measured], _LOSS
+    bits = [(name, parameters, quality.bits_per_byte) for name, parameters, quality in measured]
+    return [Point(name, parameters, value) for name, parameters, value in bits if value is not None], _BITS
 
 
 def _details(made: Page, steps: Sequence[Done]) -> None:

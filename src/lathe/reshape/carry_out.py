@@ -252,20 +252,19 @@ class _Work:
         self, model: Transformer, tokenizer: Tokenizer | None, steps: Sequence[Step], *, heals: bool = False
     ) -> None:
         """Note an operation's steps; what it cost as a whole stands at its last one."""
-        logits = None
-        moved = None
-        if tokenizer is self.tokenizer:
-            logits = self._sampled(model)
-            moved = change(self._logits, logits)
-        else:
+        renumbers = tokenizer is not self.tokenizer
+        if renumbers:
             self._ids = sample_ids(model, self._held(model, tokenizer), self.job.request.seed)
-            logits = self._sampled(model)
+        logits = self._sampled(model)
+        moved = None if renumbers else change(self._logits, logits)
         self._logits, self.tokenizer = logits, tokenizer
         found, parameters = self._quality(model, tokenizer), parameters_of(model)
         *first, last = steps
         for each in first:
             self.steps.append(Done(each.name, each.exact, each.detail, None, None, parameters, each.measures))
-        self.steps.append(Done(last.name, last.exact, last.detail, moved, found, parameters, last.measures, heals))
+        self.steps.append(
+            Done(last.name, last.exact, last.detail, moved, found, parameters, last.measures, heals, renumbers)
+        )
         loss = "" if found is None else f": loss {found.loss:.4f}"
         self.reporter.say("; ".join(step.name for step in steps) + loss)
 

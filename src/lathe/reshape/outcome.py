@@ -32,6 +32,8 @@ class Done:
         measures: what these numbers are, in words.
         change: how much the logits differ from those before it, relative; None where they cannot be compared.
         quality: of the model after it, where there is text.
+        heals: whether it is training.
+        renumbers: whether the tokenizer is another after it, so that losses a token no longer compare.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Done:
     parameters: int
     measures: str = ""
     heals: bool = False
+    renumbers: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,11 @@ class Outcome:
     card: dict[str, Any] = field(default_factory=dict)
     base: str | None = None
     seconds: float = 0.0
+
+    @property
+    def is_comparable(self) -> bool:
+        """Whether losses a token mean the same before and after: the tokenizer is the same."""
+        return not any(step.renumbers for step in self.steps)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values; an infinite number is None."""
