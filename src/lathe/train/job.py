@@ -113,8 +113,7 @@ def open_job(request: RunSettings, ranks: Ranks = ALONE) -> Job:
     """
     choose(request, ranks)
     device = str(pick_device(request.device, ranks))
-    with ranks.first_here():
-        return _opened(request, ranks, device)
+    return ranks.one_first(lambda: _opened(request, ranks, device))
 
 
 def _opened(request: RunSettings, ranks: Ranks, device: str) -> Job:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -74,33 +74,34 @@ class Ranks:
         """What `work` gives on the main rank, which alone does it. A `LatheError` there is raised on all ranks."""
         if self.size == 1:
             return work()
-        told: list[Any] = [None, None]
-        failed: LatheError | None = None
-        if self.main:
-            try:
-                told[0] = work()
-            except LatheError as error:
-                failed, told[1] = error, (type(error), str(error))
+        told: list[Any] = [_tried(work)] if self.main else [None]
         dist.broadcast_object_list(told, src=0)
-        if failed is not None:
-            raise failed
-        if told[1] is not None:
-            kind, line = told[1]
-            raise kind(line)
+        if isinstance(told[0], LatheError):
+            raise told[0]
         found: T = told[0]
         return found
 
-    @contextmanager
-    def first_here(self) -> Iterator[None]:
-        """Let one rank of each machine through first: it fills the caches that the others then read."""
-        if self.local != 0:
-            self.sum((0.0,))  # returns when every rank has come as far
-        yield
-        if self.local == 0:
-            self.sum((0.0,))
+    def one_first(self, work: Callable[[], T]) -> T:
+        """What `work` gives on this rank, after one of each machine has done it: it fills the caches for the others.
+
+        A `LatheError` of a first one is raised on all ranks.
+        """
+        found = _tried(work) if self.local == 0 else None
+        failures = self.gather(found if isinstance(found, LatheError) else None)
+        for failure in failures:
+            if failure is not None:
+                raise failure
+        return work() if self.local != 0 else cast(T, found)
 
 
 ALONE = Ranks()
+
+
+def _tried(work: Callable[[], T]) -> T | LatheError:
+    try:
+        return work()
+    except LatheError as error:
+        return error
 
 
 @contextmanager
