@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +25,8 @@ def command(
         typer.Argument(
             metavar="[FIELD=VALUE]...",
             help="d_model=384, d_ff=1024, n_layers=4, n_heads=6, d_embed=128 …; also calibrate.tokens=100000, "
-            "calibrate.field=document, data.tokens=50000, heal.steps=500, heal.lr=3e-4, objective=masked, seed=1.",
+            "calibrate.field=document, data.tokens=50000, heal.steps=500, heal.lr=3e-4, objective=masked, "
+            "budget.effort=3, seed=1.",
         ),
     ] = None,
     calibrate: Annotated[str | None, typer.Option(metavar="FILE", help="Text that the cut is fitted on.")] = None,
@@ -34,6 +36,16 @@ def command(
     heal: Annotated[
         str | None, typer.Option(metavar="FILE", help="Text to heal on, with the source as teacher.")
     ] = None,
+    max_parameters: Annotated[
+        str | None, typer.Option(metavar="N", help="A budget in place of sizes: cut where it costs least, as 30M.")
+    ] = None,
+    max_bytes: Annotated[
+        str | None, typer.Option(metavar="N", help="The same for the checkpoint's bytes in its type, as 40MB.")
+    ] = None,
+    max_latency: Annotated[
+        float | None, typer.Option(metavar="MS", help="The same for one token (an encoder: one row), timed here.")
+    ] = None,
+    plan_only: Annotated[bool, typer.Option("--plan-only", help="Show a budget's plan and write nothing.")] = False,
     method: Annotated[str | None, typer.Option(help="How a width is cut: rotate, select or truncate.")] = None,
     recipe: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Do again what this lathe.json says, to the same bytes.")
@@ -49,12 +61,14 @@ def command(
 ) -> None:
     """Change the sizes of a trained model, heal it, and report what each step cost."""
     words: dict[str, Any] = dict(parse_settings(settings or []))
-    for name, value in {"calibrate": calibrate, "data": data, "heal": heal, "method": method}.items():
+    options = {"calibrate": calibrate, "data": data, "heal": heal, "method": method}
+    limits = {"max_parameters": max_parameters, "max_bytes": max_bytes, "max_latency": max_latency}
+    for name, value in {**options, **limits}.items():
         if value is not None and name in words:
             raise RequestError(f"{name} is set twice, by an option and by a word; set it once")
         if value is not None:
             words[name] = value
-    _resize(source, destination, words, recipe, run, own_form, device, as_json)
+    _resize(source, destination, words, recipe, run, own_form, device, plan_only, as_json)
 
 
 def _resize(
@@ -65,6 +79,7 @@ def _resize(
     run: Path | None,
     own_form: bool,
     device: str,
+    plan_only: bool,
     as_json: bool,
 ) -> None:
     from lathe.report.resizing import pages
@@ -78,9 +93,22 @@ def _resize(
         job = open_job(read_request(source, words, own_form=own_form, device=device))
     if run is not None and job.request.heal is None:
         raise RequestError("--run keeps the healing's run, and nothing heals here: leave it out, or give --heal FILE")
+    if plan_only and job.request.budget is None:
+        raise RequestError("--plan-only shows a budget's plan: give --max-parameters, --max-bytes or --max-latency")
+    if job.request.budget is not None:
+        from lathe.reshape.budget_job import spend
+
+        job, _ = spend(job, Terminal().say)
+    if plan_only:
+        assert job.budget is not None
+        _show_plan(job.budget, as_json)
+        return
+    if job.budget is not None and not as_json:
+        _show_plan(job.budget, as_json=False)
     outcome = run_job(job, destination, pages=pages, run=run, reporter=Terminal())
     if as_json:
-        emit_json({"directory": str(destination), **outcome.to_dict()})
+        budget = {} if job.budget is None else {"budget": dict(job.budget)}
+        emit_json({"directory": str(destination), **outcome.to_dict(), **budget})
     else:
         _show(outcome, destination)
 
@@ -104,6 +132,25 @@ def _replay(source: str, words: dict[str, Any], recipe: Path, device: str) -> Jo
         data=data,
         device=device,
     )
+
+
+def _show_plan(plan: Mapping[str, Any], as_json: bool) -> None:
+    """A budget's plan: the axes, the single ones that would meet it too, and where the numbers come from."""
+    if as_json:
+        emit_json({"budget": dict(plan)})
+        return
+    from rich.table import Table
+
+    from lathe.reshape.budget_table import ALONE, PLAN, alone_cells, plan_cells, sentences
+
+    console = answers()
+    for header, rows in ((PLAN, plan_cells(plan)), (ALONE, alone_cells(plan))):
+        table = Table(*header)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    for line in sentences(plan):
+        console.print(line, soft_wrap=True)
 
 
 def _require_free(destination: Path) -> None:

@@ -11,6 +11,7 @@ from lathe._version import __version__
 from lathe.report.frontier import Point, frontier_svg
 from lathe.report.html import Page
 from lathe.report.plots import curves
+from lathe.reshape.budget_table import ALONE, PLAN, alone_cells, plan_cells, sentences
 from lathe.reshape.measure import Quality
 from lathe.reshape.outcome import Done, Outcome, Reload, Size
 from lathe.reshape.recipe import Recipe
@@ -49,6 +50,13 @@ def page(outcome: Outcome, recipe: Recipe) -> str:
     made.heading("Opened again from the disk")
     for line in reload_lines(outcome):
         made.text(line)
+    if recipe.budget is not None:
+        made.heading("How the budget was spent")
+        made.table(PLAN, plan_cells(recipe.budget))
+        made.text("Every axis that meets the budget by itself, and the plan:")
+        made.table(ALONE, alone_cells(recipe.budget))
+        for line in sentences(recipe.budget):
+            made.text(line)
     if outcome.curves:
         made.heading("Healing")
         lines = {title: ([x for x, _ in points], [y for _, y in points]) for title, points in outcome.curves.items()}

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -127,11 +127,12 @@ def plan_budget(
     *,
     tokenizer: Tokenizer | None = None,
     fixed: Mapping[str, Any] | None = None,
-    method: str = "rotate",
+    how: Mapping[str, Any] | None = None,
     seed: int = 0,
     own_form: bool = False,
     reserved: frozenset[int] = frozenset(),
     device: torch.device | None = None,
+    say: Callable[[str], None] = log.info,
 ) -> BudgetPlan:
     """The sizes with which a trained model meets a budget at the least loss; see the module.
 
@@ -139,8 +140,10 @@ def plan_budget(
         probe: the text that cuts are fitted and measured on.
         tokenizer: the model's; without it the vocabulary is not cut.
         fixed: fields that are set in any case, before the budget is looked at.
-        method, seed, own_form, reserved: as `resize` takes them.
+        how: the method and what else `resize` and `planned` take by name.
+        seed, own_form, reserved: as `resize` takes them.
         device: where latency is measured; the model's where left out.
+        say: told a line about each trial.
 
     Raises:
         RequestError: a budget that the model meets already, or that no sizes meet (says the least possible).
@@ -149,9 +152,17 @@ def plan_budget(
     if tokenizer is not None and probe.reads_text:
         own = token_ids(model.architecture.tokens) | reserved
         least = len(Pieces(tokenizer, [n for n in own if n < tokenizer.vocab_size]).required)
-    terms = Terms(method, own_form, tuple((fixed or {}).items()), least)
+    terms = Terms(tuple((how or {}).items()), own_form, tuple((fixed or {}).items()), least)
     trials = Trials(
-        model, tokenizer, probe, fixed=fixed or {}, method=method, seed=seed, own_form=own_form, reserved=reserved
+        model,
+        tokenizer,
+        probe,
+        fixed=fixed or {},
+        how=how or {},
+        seed=seed,
+        own_form=own_form,
+        reserved=reserved,
+        say=say,
     )
     cost = cost_of(settings, model.architecture, device or model.device, model.dtype)
     return _Planning(model.architecture, terms, settings, cost, trials).plan()
@@ -177,12 +188,9 @@ class _Planning:
 
     def plan(self) -> BudgetPlan:
         """Measure, search, choose."""
-        log.info(
-            "budget: %s of %s; at most %d trials",
-            self.cost.text(self.limit),
-            self.cost.text(self.before),
-            len(self.axes) * (self.settings.effort + 1) + 2 * self.settings.effort + _FINALISTS + 1,
-        )
+        effort = self.settings.effort
+        most = 1 + len(self.axes) * (effort + 1) + 2 * effort + (0 if self.trials.probe.is_whole() else _FINALISTS)
+        self.trials.say(f"budget: {self.cost.text(self.limit)} of {self.cost.text(self.before)}; {most} trials at most")
         start = self.trials.of({}, self.base)
         if start.loss is None:
             raise RequestError(start.why)
@@ -323,7 +331,7 @@ class _Planning:
         best = ranked[0]
         if best.loss is None:
             raise LatheError(f"the plan cannot be carried out on the whole text: {best.why}")
-        log.info("the plan: %s", told(best))
+        self.trials.say(f"the plan: {told(best)}")
         final = {repr(t.sizes): t for t in ranked}
         alone = {field: final.get(repr(t.sizes), t) for field, t in self.alone.items()}
         labels = {axis.field: axis.label for axis in self.axes}

@@ -59,11 +59,12 @@ class Terms:
     """Under which conditions a size can be had.
 
     Args:
+        how: the method and what else `planned` takes by name.
         fixed: fields that are set in any case.
         least_vocabulary: the tokens that must stay; None where the vocabulary cannot be cut.
     """
 
-    method: str = "rotate"
+    how: tuple[tuple[str, Any], ...] = ()
     own_form: bool = False
     fixed: tuple[tuple[str, Any], ...] = ()
     least_vocabulary: int | None = None
@@ -72,7 +73,7 @@ class Terms:
         """What the sizes lead to; None where they cannot be had together."""
         changes = {**dict(self.fixed), **sizes}
         try:
-            target, _ = planned(source, changes, method=self.method, own_form=self.own_form)
+            target, _ = planned(source, changes, **dict(self.how), own_form=self.own_form)
         except RequestError:
             return None
         return target if self.own_form or not objections(target) or objections(source) else None

@@ -12,9 +12,9 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from lathe.families.adapter import to_disk
 from lathe.model.cache import Cache
 from lathe.model.transformer import Transformer
 from lathe.planner.quantities import bytes_text, count_text, parse_count
-from lathe.spec import Spec, size
+from lathe.spec import Spec, size, unknown
 
 _ROUNDS, _WARM_UP = 9, 2
 _LENGTH = 128  # tokens that a timed model reads, where it has positions for as many
@@ -91,28 +91,33 @@ def read_bytes(text: str | int | float) -> int:
     return int(value)
 
 
-def read_settings(
-    *,
-    max_parameters: int | str | None = None,
-    max_bytes: int | str | None = None,
-    max_latency: float | None = None,
-    effort: int = 2,
-    tokens: int = 16_384,
-) -> BudgetSettings | None:
-    """The budget that was asked for, as people write it: `30M`, `40MB`, milliseconds; None where there is none.
+# The words of a request that set a limit.
+LIMIT_WORDS = ("max_parameters", "max_bytes", "max_latency")
+
+
+def read_budget(words: Mapping[str, Any]) -> BudgetSettings | None:
+    """The budget among words: a limit as people write it (`max_parameters=30M`, `max_bytes=40MB`, `max_latency=12`,
+    which is milliseconds), `budget.effort` and `budget.tokens`. None where there is none.
 
     Raises:
-        RequestError: a limit that cannot be read, or more than one.
+        RequestError: a limit that cannot be read, more than one, or settings without a limit.
     """
-    if max_parameters is None and max_bytes is None and max_latency is None:
+    values = {key.partition(".")[2]: value for key, value in words.items() if key.partition(".")[0] == "budget"}
+    limits = {key: words[key] for key in LIMIT_WORDS if words.get(key) is not None}
+    unknown_keys = [key for key in values if key not in ("effort", "tokens")]
+    if unknown_keys:
+        raise RequestError(unknown("field", f"budget.{unknown_keys[0]}", ("effort", "tokens")))
+    if not limits:
+        if values:
+            raise RequestError(f"budget.{next(iter(values))} is set and there is no budget: give {LIMIT_WORDS[0]}=30M")
         return None
-    return BudgetSettings(
-        parameters=None if max_parameters is None else parse_count(max_parameters, "max_parameters"),
-        bytes=None if max_bytes is None else read_bytes(max_bytes),
-        milliseconds=None if max_latency is None else float(max_latency),
-        effort=effort,
-        tokens=tokens,
-    )
+    if "max_parameters" in limits:
+        values["parameters"] = parse_count(limits["max_parameters"], "max_parameters")
+    if "max_bytes" in limits:
+        values["bytes"] = read_bytes(limits["max_bytes"])
+    if "max_latency" in limits:
+        values["milliseconds"] = limits["max_latency"]
+    return BudgetSettings.from_dict(values, "budget")
 
 
 class Cost(Protocol):

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -237,7 +237,9 @@ class Trials:
 
     Args:
         fixed: fields that are set in any case.
+        how: the method and what else `resize` takes by name.
         reserved: token ids that stay in any case.
+        say: told a line about each trial.
     """
 
     def __init__(
@@ -247,13 +249,15 @@ class Trials:
         probe: Probe,
         *,
         fixed: Sizes,
-        method: str,
+        how: Mapping[str, Any],
         seed: int,
         own_form: bool,
         reserved: frozenset[int] = frozenset(),
+        say: Callable[[str], None] = log.info,
     ) -> None:
+        self.say = say
         self.model, self.probe, self.fixed = model, probe, dict(fixed)
-        self._tokenizer, self._method, self._seed = tokenizer, method, seed
+        self._tokenizer, self._how, self._seed = tokenizer, dict(how), seed
         self._own_form, self._reserved = own_form, reserved
         self._made: dict[tuple[str, bool], Trial] = {}
 
@@ -277,7 +281,7 @@ class Trials:
         key = (repr(sorted(sizes.items())), whole)
         if key not in self._made:
             self._made[key] = self._try(sizes, architecture, whole)
-            log.info("trial %d: %s", self.count, told(self._made[key]))
+            self.say(f"trial {self.count}: {told(self._made[key])}")
         return self._made[key]
 
     def _try(self, sizes: Sizes, architecture: Architecture, whole: bool) -> Trial:
@@ -289,7 +293,7 @@ class Trials:
                 self.model,
                 changes,
                 calibrate=self.probe.batches(whole=whole),
-                method=self._method,
+                **self._how,
                 seed=self._seed,
                 tokenizer=self._tokenizer,
                 own_form=self._own_form,

@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -90,6 +90,7 @@ class Job:
         fitted: the text that the cut is fitted on.
         held: the text that it is measured on.
         expected: a recipe that this is a replay of.
+        budget: how the sizes were found, where a budget was given; see `lathe.reshape.budget_job`.
     """
 
     request: ResizeRequest
@@ -100,6 +101,7 @@ class Job:
     held: Documents | None
     is_apart: bool
     expected: Written | None = None
+    budget: Mapping[str, Any] | None = None
 
     @property
     def target(self) -> Architecture:
@@ -110,11 +112,15 @@ class Job:
 def open_job(request: ResizeRequest) -> Job:
     """Open the model and the text of a request, and check that the sizes can be had.
 
+    A request with a budget has no stages yet: `lathe.reshape.budget_job.spend` finds its sizes.
+
     Raises:
         RequestError: something is missing, or cannot be done, or only Lathe's own form could hold the result.
     """
     source = open_source(request.source)
     architecture = source.model.architecture
+    if request.budget is not None:
+        return _with_text(request, source, source_digest(source.directory), (), None)
     target, operations = planned(architecture, request.changes, method=request.method, own_form=request.own_form)
     if not operations:
         sizes = ", ".join(f"{name}={value}" for name, value in request.changes.items())
@@ -122,6 +128,16 @@ def open_job(request: ResizeRequest) -> Job:
     _require_holder(architecture, target, request)
     stages = _stages(architecture, request)
     return _with_text(request, source, source_digest(source.directory), stages, None)
+
+
+def with_sizes(job: Job, changes: Mapping[str, Any], budget: Mapping[str, Any]) -> Job:
+    """The job of a budget with the sizes that were found for it.
+
+    Args:
+        budget: how they were found, as plain values.
+    """
+    request = replace(job.request, changes=dict(changes))
+    return replace(job, request=request, stages=_stages(job.source.model.architecture, request), budget=budget)
 
 
 def open_replay(
@@ -173,7 +189,8 @@ def open_replay(
         own_form=True,  # the recipe was carried out once
         device=device,
     )
-    return _with_text(request, opened, digest, tuple(stages), written)
+    job = _with_text(request, opened, digest, tuple(stages), written)
+    return replace(job, budget=recipe.budget)
 
 
 def open_source(name: str) -> Source:
@@ -225,6 +242,7 @@ def recipe_of(job: Job) -> Recipe:
         seed=job.request.seed,
         objective=job.request.objective,
         calibrate=calibrate,
+        budget=None if job.budget is None else dict(job.budget),
         made_with=machine(),
     )
 

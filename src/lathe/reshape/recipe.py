@@ -47,6 +47,7 @@ class Recipe(Spec):
     seed: int = size(2**32 - 1, least=0, default=0)
     objective: dict = field(default_factory=dict)  # type: ignore[type-arg]
     calibrate: dict | None = None  # type: ignore[type-arg]
+    budget: dict | None = None  # type: ignore[type-arg]  # how the sizes were found; a replay takes them as they are
     made_with: dict = field(default_factory=dict)  # type: ignore[type-arg]
 
 

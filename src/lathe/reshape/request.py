@@ -4,6 +4,7 @@
     calibrate=corpus.txt calibrate.tokens=100000 calibrate.field=document
     data=held-out.txt heal=corpus.txt heal.steps=500 heal.lr=3e-4
     method=select objective=masked objective.rate=0.2 seed=1
+    max_parameters=30M               a budget in place of sizes; also max_bytes=40MB, max_latency=12, budget.effort=3
 
 An unknown key is refused with the keys there are.
 """
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lathe.errors import RequestError
+from lathe.reshape.budget_cost import LIMIT_WORDS, BudgetSettings, read_budget
 from lathe.reshape.heal import HealSettings
 from lathe.reshape.resize import METHODS
 from lathe.reshape.text import TextSettings
@@ -36,6 +38,7 @@ class ResizeRequest(Spec):
         calibrate: the text that the cut is fitted on.
         data: the text that it is measured on; where left out, a tenth of `calibrate` is kept apart for it.
         objective: what the model predicts: its name and settings; what its head says where left out.
+        budget: what the result may cost at most; the sizes are then found, `changes` apart.
     """
 
     source: str
@@ -46,12 +49,15 @@ class ResizeRequest(Spec):
     heal: HealSettings | None = None
     objective: dict = field(default_factory=dict)  # type: ignore[type-arg]
     seed: int = size(2**32 - 1, least=0, default=0)  # of the weights that growth draws
+    budget: BudgetSettings | None = None
     own_form: bool = False  # write what no stock file can hold
     device: str = "auto"  # for healing; the cut itself is computed on the CPU
 
     def check(self) -> None:
-        if not self.changes:
-            raise RequestError("nothing to change: give field=value, as in d_model=384")
+        if not self.changes and self.budget is None:
+            raise RequestError("nothing to change: give field=value, as in d_model=384, or a budget")
+        if self.budget is not None and self.calibrate is None:
+            raise RequestError("a budget is spent by what cuts cost on text: give --calibrate FILE")
 
 
 def read_request(
@@ -72,7 +78,7 @@ def read_request(
         first, _, rest = key.partition(".")
         if first in _TEXTS:
             values.setdefault(first, {})[rest or "file"] = value
-        elif first == "objective":
+        elif first in ("objective", "budget") or key in LIMIT_WORDS:
             continue
         elif key in _PLAIN:
             values[key] = value
@@ -85,7 +91,13 @@ def read_request(
             raise RequestError(f"{name}.{next(iter(values[name]))} is set and there is no text: give {name}=FILE")
         values[name] = kind.from_dict(values[name], name)
     return ResizeRequest(
-        source=source, changes=changes, objective=read_objective(words), own_form=own_form, device=device, **values
+        source=source,
+        changes=changes,
+        objective=read_objective(words),
+        budget=read_budget(words),
+        own_form=own_form,
+        device=device,
+        **values,
     )
 
 

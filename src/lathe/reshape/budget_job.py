@@ -1,0 +1,106 @@
+"""A budget where it is asked for: in a resize job, or of a model that is at hand."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lathe.errors import RequestError
+from lathe.model.transformer import Transformer
+from lathe.reshape.budget import BudgetPlan, plan_budget
+from lathe.reshape.budget_cost import BudgetSettings
+from lathe.reshape.budget_trial import RowsProbe, TextProbe
+from lathe.reshape.calibrate import Batch
+from lathe.reshape.job import Job, with_sizes
+from lathe.reshape.text import TextSettings, read_documents
+from lathe.reshape.vocabulary import settings_ids
+from lathe.text.tokenizer import Tokenizer
+from lathe.train.machine import pick_device
+
+log = logging.getLogger("lathe")
+
+
+def spend(job: Job, say: Callable[[str], None] = log.info) -> tuple[Job, BudgetPlan]:
+    """Find the sizes of a job that was given a budget; the job that comes back has them, and can be run.
+
+    Args:
+        say: told a line about each trial.
+
+    Raises:
+        RequestError: no budget, no text to measure on, or a budget that cannot be met (says the least possible).
+    """
+    request, source = job.request, job.source
+    if request.budget is None:
+        raise RequestError("no budget: give max_parameters, max_bytes or max_latency")
+    if source.tokenizer is None or job.fitted is None or job.held is None or request.calibrate is None:
+        raise RequestError("a budget needs text to fit on and text to measure on: give a longer --calibrate FILE")
+    probe = TextProbe(
+        source.model,
+        source.tokenizer,
+        job.fitted,
+        job.held,
+        request.calibrate,
+        request.data or request.calibrate,
+        tokens=request.budget.tokens,
+        objective=request.objective,
+    )
+    plan = plan_budget(
+        source.model,
+        probe,
+        request.budget,
+        tokenizer=source.tokenizer,
+        fixed=request.changes,
+        how={"method": request.method},
+        seed=request.seed,
+        own_form=request.own_form,
+        reserved=frozenset(settings_ids(source.generation) | settings_ids(source.config)),
+        device=pick_device(request.device),
+        say=say,
+    )
+    return with_sizes(job, plan.changes, plan.to_dict()), plan
+
+
+def plan_for(
+    model: Transformer,
+    settings: BudgetSettings,
+    calibrate: str | Sequence[Batch],
+    *,
+    tokenizer: Tokenizer | None,
+    fixed: Mapping[str, Any],
+    how: Mapping[str, Any],
+    seed: int,
+    own_form: bool,
+    reserved: frozenset[int],
+) -> BudgetPlan:
+    """The plan of a model at hand.
+
+    Args:
+        calibrate: a file, of which a tenth is kept apart to measure on; or batches, of whose rows that is done. With
+            batches the vocabulary is not cut: there is no text to show to another tokenizer.
+
+    Raises:
+        RequestError: no text, a file without a tokenizer to read it, or a budget that cannot be met.
+    """
+    probe: TextProbe | RowsProbe
+    if isinstance(calibrate, str):
+        if tokenizer is None:
+            raise RequestError(f"the model has no tokenizer to read {calibrate} with; give batches of ids")
+        text = TextSettings(file=calibrate, seed=seed)
+        fitted, held = read_documents(text, tokenizer, apart=True)
+        if not held:
+            raise RequestError(f"{calibrate} is too short to fit on it and to measure on it; give more text")
+        probe = TextProbe(model, tokenizer, fitted, held, text, text, tokens=settings.tokens)
+    else:
+        probe = RowsProbe(model, calibrate)
+    return plan_budget(
+        model,
+        probe,
+        settings,
+        tokenizer=tokenizer,
+        fixed=fixed,
+        how=how,
+        seed=seed,
+        own_form=own_form,
+        reserved=reserved,
+    )
