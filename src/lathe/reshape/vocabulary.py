@@ -170,7 +170,7 @@ class _Settling:
         """Rows and tokenizer together."""
         asked, known = self.asked, tokenizer.vocab_size
         # Tokens of the model that its tokenizer does not have follow those that it has.
-        outside = [number for number in self.own if number >= known]
+        outside = [number for number in self.own if number not in tokenizer.vocabulary.values()]
         room = None if self.size is None else self.size - len(outside)
         is_cut = asked.ids is not None or (room < known if room is not None else asked.corpus is not None)
         is_grown = bool(asked.words) or (asked.corpus is not None and room is not None and room > known)
@@ -230,7 +230,8 @@ class _Settling:
         return self._renewed(rows, {number: number for number in kept}, tokenizer, None)
 
     def _cut(self, tokenizer: Tokenizer, room: int | None) -> tuple[Rewritten, Mapping[int, int] | None]:
-        pieces = Pieces(tokenizer, [number for number in self.keep if number < tokenizer.vocab_size])
+        held = set(tokenizer.vocabulary.values())
+        pieces = Pieces(tokenizer, self.keep & held)
         if self.asked.words and room is not None:
             raise RequestError("new words and a smaller vocabulary at once: cut it first, then add the words")
         if self.asked.ids is not None:
@@ -238,7 +239,7 @@ class _Settling:
         if self.asked.corpus is not None:
             use: Use = use_of(tokenizer, self.asked.corpus)
         else:
-            use = counted({n: c for n, c in self._counts().items() if n < tokenizer.vocab_size}, tokenizer)
+            use = counted({n: c for n, c in self._counts().items() if n in held}, tokenizer)
         return cut_pieces(pieces, pieces.most_used(use.counts, room)), use.counts
 
     def _corpus(self) -> Corpus:
