@@ -51,7 +51,7 @@ def test_a_peft_adapter_computes_the_same_here_and_after_it_is_written_again(
 def test_an_adapter_made_here_opens_in_peft(family: str, kind: str, tmp_path: Path) -> None:
     base, settings = stock(family), KINDS[kind]
     ours = lathe.load(base)
-    on = {name.removeprefix("use_"): value for name, value in settings.items()}
+    on: dict[str, Any] = {name.removeprefix("use_"): value for name, value in settings.items()}
     add_lora(ours, LoraSettings(rank=3, alpha=5.0, targets="reader:heads,ffn", **on))
     disturb(ours)
     save_adapter(ours, tmp_path / "ours")

@@ -146,4 +146,5 @@ def main(folder: Path, seed: int, kills: int, steps: int, adapter: bool) -> None
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *(int(word) for word in sys.argv[2:5]), adapter=sys.argv[5:] == ["adapter"])
+    seed, kills, steps = (int(word) for word in sys.argv[2:5])
+    main(Path(sys.argv[1]), seed, kills, steps, adapter=sys.argv[5:] == ["adapter"])

@@ -31,7 +31,7 @@ IDS = torch.tensor([[5, 6, 7, 8, 9]])
 def base(folder: Path, preset: str, head: str | None, vocab_size: int) -> None:
     """A model that stands for a trained one, with its tokenizer."""
     tokenizer = train_tokenizer(TEXT, vocab_size, convention="gpt2" if preset == "gpt2" else "bert")
-    tokens = {"pad": tokenizer.pad_id, "bos": tokenizer.bos_id, "mask": tokenizer.mask_id}
+    tokens: dict[str, Any] = {"pad": tokenizer.pad_id, "bos": tokenizer.bos_id, "mask": tokenizer.mask_id}
     tokens["eos"] = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     shape = lathe.preset(preset, head).with_({**SIZES, "vocab_size": tokenizer.vocab_size, "tokens": tokens})
     lathe.Model(shape, seed=7, tokenizer=tokenizer).save(folder)
