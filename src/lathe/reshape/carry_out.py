@@ -118,7 +118,7 @@ class _Work:
             self.model,
             changes,
             calibrate=[] if fitted is None else fitted.inputs,
-            method=request.method,
+            **request.how,
             seed=request.seed,
             tokenizer=self.tokenizer,
             own_form=request.own_form,

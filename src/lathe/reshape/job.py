@@ -121,7 +121,7 @@ def open_job(request: ResizeRequest) -> Job:
     architecture = source.model.architecture
     if request.budget is not None:
         return _with_text(request, source, source_digest(source.directory), (), None)
-    target, operations = planned(architecture, request.changes, method=request.method, own_form=request.own_form)
+    target, operations = planned(architecture, request.changes, **request.how, own_form=request.own_form)
     if not operations:
         sizes = ", ".join(f"{name}={value}" for name, value in request.changes.items())
         raise RequestError(f"{request.source} has {sizes} already: nothing to change")
@@ -180,7 +180,7 @@ def open_replay(
     request = ResizeRequest(
         source=source,
         changes=changes,
-        method=recipe.method,
+        **recipe.how,
         calibrate=text,
         data=data,
         heal=healed,
@@ -238,7 +238,7 @@ def recipe_of(job: Job) -> Recipe:
     return Recipe(
         source={"model": job.request.source, "sha256": job.source_sha256},
         stages=[],
-        method=job.request.method,
+        how=job.request.how,
         seed=job.request.seed,
         objective=job.request.objective,
         calibrate=calibrate,
@@ -291,7 +291,7 @@ def _stages(architecture: Architecture, request: ResizeRequest) -> tuple[Mapping
         return ({"resize": request.changes},)
     first = None
     if request.heal.stages != 1:
-        first = half_way(architecture, request.changes, method=request.method, own_form=request.own_form)
+        first = half_way(architecture, request.changes, {**request.how, "own_form": request.own_form})
         if first is None and request.heal.stages == 2:
             raise RequestError("heal.stages=2: nothing is cut to less than half here; leave it out, or give 1")
     if first is None:
@@ -303,7 +303,7 @@ def _stages(architecture: Architecture, request: ResizeRequest) -> tuple[Mapping
 def _walked(source: Architecture, stages: tuple[Mapping[str, Any], ...], request: ResizeRequest) -> Architecture:
     for stage in stages:
         if "resize" in stage:
-            source, _ = planned(source, stage["resize"], method=request.method, own_form=request.own_form)
+            source, _ = planned(source, stage["resize"], **request.how, own_form=request.own_form)
     return source
 
 

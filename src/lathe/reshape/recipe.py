@@ -3,7 +3,7 @@
     {"lathe": "0.1.0",
      "recipe": {
        "source": {"model": "my-t5", "sha256": …},
-       "method": "rotate", "seed": 0, "objective": {},
+       "how": {"method": "rotate"}, "seed": 0, "objective": {},
        "calibrate": {"file": "corpus.txt", "tokens": 65536, …, "sha256": …, "documents": 812},
        "stages": [{"resize": {"d_model": 384}, "operations": [{"name": "rotate d_model 512 → 384", "exact": false}]},
                   {"heal": {"steps": 200, …}, "text": {…, "sha256": …}}],
@@ -43,7 +43,7 @@ class Recipe(Spec):
 
     source: dict  # type: ignore[type-arg]
     stages: list  # type: ignore[type-arg]
-    method: str = "rotate"
+    how: dict = field(default_factory=dict)  # type: ignore[type-arg]
     seed: int = size(2**32 - 1, least=0, default=0)
     objective: dict = field(default_factory=dict)  # type: ignore[type-arg]
     calibrate: dict | None = None  # type: ignore[type-arg]

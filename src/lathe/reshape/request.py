@@ -27,7 +27,9 @@ _TEXTS: dict[str, type[TextSettings | HealSettings]] = {
     "data": TextSettings,
     "heal": HealSettings,
 }
-_PLAIN = ("method", "seed")
+# How an operation is done, where there is a choice; `resize` and `planned` take each by its name.
+HOW = ("method",)
+_PLAIN = (*HOW, "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,11 @@ class ResizeRequest(Spec):
     budget: BudgetSettings | None = None
     own_form: bool = False  # write what no stock file can hold
     device: str = "auto"  # for healing; the cut itself is computed on the CPU
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """What stands in HOW, as keyword arguments."""
+        return {name: getattr(self, name) for name in HOW}
 
     def check(self) -> None:
         if not self.changes and self.budget is None:

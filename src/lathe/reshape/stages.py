@@ -22,11 +22,14 @@ _AT_ONCE = ("embedding.vocab_size",)  # tokens that the text does not use are mi
 
 
 def half_way(
-    source: Architecture, changes: Mapping[str, Any], *, method: str = "rotate", own_form: bool = False
+    source: Architecture, changes: Mapping[str, Any], how: Mapping[str, Any] | None = None
 ) -> dict[str, Any] | None:
     """The changes of the first of two stages: the fields that are cut to less than half, half of the way.
 
     None where no field is, or where there is no size in between that the family can hold.
+
+    Args:
+        how: what `planned` is told besides, such as the method.
     """
     wanted = {path: value for name, value in changes.items() for path in source.paths(name)}
     first = dict(wanted)
@@ -39,7 +42,7 @@ def half_way(
             old = getattr(old, key)
         if type(old) is not int or type(new) is not int or not 2 * new < old:
             continue
-        between = _between(source, first, path, old, new, wanted, method, own_form)
+        between = _between(source, first, path, old, new, wanted, dict(how or {}))
         if between is not None:
             first[path], staged = between, True
     return first if staged else None
@@ -52,8 +55,7 @@ def _between(
     old: int,
     new: int,
     wanted: Mapping[str, Any],
-    method: str,
-    own_form: bool,
+    how: Mapping[str, Any],
 ) -> int | None:
     """The size nearest to the geometric mean from which the wanted one can be reached."""
     middle = round(math.sqrt(old * new))
@@ -61,10 +63,10 @@ def _between(
     nearest = sorted((size for size in range(new + 1, old) if size % step == 0), key=lambda size: abs(size - middle))
     for size in nearest[:_MOST_TRIES]:
         try:
-            target, _ = planned(source, {**first, path: size}, method=method, own_form=own_form)
-            if objections(target) and not own_form:
+            target, _ = planned(source, {**first, path: size}, **how)
+            if objections(target) and not how.get("own_form"):
                 continue
-            planned(target, wanted, method=method, own_form=own_form)
+            planned(target, wanted, **how)
         except RequestError:
             continue
         return size
