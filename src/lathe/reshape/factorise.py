@@ -9,6 +9,8 @@ before the lifting matrix: with R the best e directions (without a mean, for Lay
 with such a norm each are refused. An untied head W becomes U (UᵀW), U the best directions of what W writes on the
 text. A tied head reads the new table through the least-squares map. A masked-LM head's transform is fitted again.
 
+*To a factor as wide as the model.* The matrix is the identity, and nothing changes: what ALBERT's files want at least.
+
 *Back.* Table and matrix are multiplied: exact where nothing stands between them. The head's projection is multiplied
 into its own table likewise, so a tied head is untied first.
 """
@@ -50,6 +52,10 @@ def plan_embedding(done: Architecture, target: Architecture) -> list[Operation]:
     old, new = done.embedding.d_embed, target.embedding.d_embed
     changes: dict[str, Any] = {"embedding.d_embed": new, **followers(done, target)}
     if old is None and new is not None:
+        if new == done.d_model:
+            bias = target.embedding.projection_bias
+            changes["embedding.projection_bias"] = bias
+            return [Operation(changes, plain(lift, bias))]
         _require_one_norm(done, new)
         return [Operation(changes, measured(factorise, new))]
     if old is not None and new is None:
@@ -99,6 +105,22 @@ def factorise(model: Transformer, batches: Sequence[Batch], state: State, width:
     exact = width == a.d_model and a.head.language is None
     step = Step(f"factorise the embedding {a.d_model} → {width}", exact, {"energy": energy}, _ENERGY)
     return _with_head(model, batches, before, changed, sizes), step
+
+
+def lift(state: State, bias: bool) -> tuple[State, Step]:
+    """The model with a lifting matrix that is the identity, and the same before its head. Exact.
+
+    Args:
+        bias: whether the matrix has a bias, which is zero.
+    """
+    a, eye = state.architecture, torch.eye(state.architecture.d_model, dtype=torch.float64)
+    added = {"embedding.projection.weight": eye}
+    if bias:
+        added["embedding.projection.bias"] = torch.zeros(a.d_model, dtype=torch.float64)
+    if a.head.language is not None and a.head.language.transform is None:
+        added["head.language.projection.weight"] = eye
+    step = Step(f"lift the embedding {a.d_model} → {a.d_model} by the identity", True, {})
+    return state.with_(added, {"embedding.d_embed": a.d_model, "embedding.projection_bias": bias}), step
 
 
 def _plain_factor(

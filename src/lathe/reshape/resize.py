@@ -23,15 +23,19 @@ from lathe.architecture import Architecture
 from lathe.errors import RequestError
 from lathe.families import objections
 from lathe.model.transformer import Transformer
-from lathe.reshape import cut, factorise, grow, grow_heads, grow_width, prune, prune_layers
+from lathe.reshape import convert, cut, factorise, grow, grow_heads, grow_width, prune, prune_layers
 from lathe.reshape.calibrate import Batch
 from lathe.reshape.operation import Context, Operation, Planner
+from lathe.reshape.share import plan_sharing
 from lathe.reshape.state import State, Step
 from lathe.reshape.vocabulary import Renewed, Vocabulary, plan_vocabulary, settle
 from lathe.text.tokenizer import Tokenizer
 
 METHODS = ("rotate", "select", "truncate")
-CHANGEABLE = "d_model, d_embed, d_ff, d_head, n_heads, n_kv_heads, n_layers, vocab_size, and tied from true to false"
+CHANGEABLE = (
+    "d_model, d_embed, d_ff, d_head, n_heads, n_kv_heads, n_layers, sharing, vocab_size, family, "
+    "and tied from true to false"
+)
 _OWN_FORM = "Lathe's own form can hold it as it is (own_form)"
 
 
@@ -60,6 +64,7 @@ def resize(
     *,
     calibrate: Sequence[Batch] = (),
     method: str = "rotate",
+    share: str = "mean",
     seed: int = 0,
     tokenizer: Tokenizer | None = None,
     own_form: bool = False,
@@ -74,6 +79,7 @@ def resize(
         calibrate: batches of keyword arguments of the model, of the kind of text that it is used on;
             what only grows, and `truncate`, need none.
         method: how a width is cut: `rotate`, `select` or `truncate`.
+        share: what layers that come to share weights start from: `mean`, aligned, or `middle`.
         seed: of the weights that growth draws.
         tokenizer: the model's, for what changes the vocabulary.
         vocabulary: what the new vocabulary shall hold; a smaller `vocab_size` alone keeps the tokens that `calibrate`
@@ -94,7 +100,7 @@ def resize(
         others = {name: value for name, value in changes.items() if not _is_vocabulary(model.architecture, name)}
         changes = {**others, **settled.changes}
     target, operations = planned(
-        model.architecture, changes, method=method, own_form=own_form, renews=settled is not None
+        model.architecture, changes, method=method, share=share, own_form=own_form, renews=settled is not None
     )
     state = State(model.architecture, model.state_dict())
     steps: list[Step] = []
@@ -116,6 +122,7 @@ def planned(
     changes: Mapping[str, Any],
     *,
     method: str = "rotate",
+    share: str = "mean",
     own_form: bool = False,
     renews: bool = False,
 ) -> tuple[Architecture, list[Operation]]:
@@ -129,8 +136,11 @@ def planned(
     """
     if method not in METHODS:
         raise RequestError(f"method={method!r}: expected one of {', '.join(METHODS)}")
-    target = source.with_(with_followers(source, changes, own_form=own_form))
-    return target, _operations(source, target, method, renews)
+    changes = with_followers(source, changes, own_form=own_form)
+    target = source.with_(changes)
+    if target.family != source.family:
+        target = target.with_(convert.followers(target))
+    return target, _operations(source, target, method, share, renews)
 
 
 def with_followers(source: Architecture, changes: Mapping[str, Any], *, own_form: bool = False) -> dict[str, Any]:
@@ -178,12 +188,14 @@ def _multiples(near: int, of: int) -> str:
     return f"a multiple of {of} ({below} or {above})" if below else f"a multiple of {of}"
 
 
-def _planners(method: str, renews: bool) -> tuple[Planner, ...]:
+def _planners(method: str, share: str, renews: bool) -> tuple[Planner, ...]:
     """Who may change what, in the order in which it is done."""
     return (
+        convert.plan_family,
         grow.plan_untying,
         factorise.plan_embedding,
         prune_layers.plan_layers,
+        partial(plan_sharing, method=share),
         prune.plan_heads,
         prune.plan_feed_forward,
         cut.plan_heads,
@@ -196,11 +208,11 @@ def _planners(method: str, renews: bool) -> tuple[Planner, ...]:
     )
 
 
-def _operations(source: Architecture, target: Architecture, method: str, renews: bool) -> list[Operation]:
+def _operations(source: Architecture, target: Architecture, method: str, share: str, renews: bool) -> list[Operation]:
     """What has to be done, in order; a change that nothing does is an error."""
     operations: list[Operation] = []
     done = source
-    for planner in _planners(method, renews):
+    for planner in _planners(method, share, renews):
         for operation in planner(done, target):
             operations.append(operation)
             done = done.with_(operation.changes)
