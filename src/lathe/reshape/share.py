@@ -17,7 +17,7 @@ Sharing saves parameters and bytes, not computation. Encoder and decoder are two
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -76,10 +76,10 @@ def share(state: State, stack_name: str, sharing: str, method: str = "mean") -> 
     architecture = state.architecture.with_({f"{stack_name}.sharing": sharing})
     new = dict(architecture.stacks)[stack_name]
     tensors, lost, difference = dict(state.tensors), dict[str, float](), 0.0
-    for kind in _kinds(old):
-        for index, layers in _members(new, kind).items():
-            sources = [_index(old, kind, layer) for layer in layers]
-            parts = {i: _sublayer(state, f"{stack_name}.{kind}.{i}") for i in dict.fromkeys(sources)}
+    for kind in kinds_of(old):
+        for index, layers in members_of(new, kind).items():
+            sources = [index_of(old, kind, layer) for layer in layers]
+            parts = {i: sublayer_of(state, f"{stack_name}.{kind}.{i}") for i in dict.fromkeys(sources)}
             merged, apart = _merged(parts, sources, old, kind, method)
             for leaf, tensor in merged.items():
                 tensors[f"{stack_name}.{kind}.{index}.{leaf}"] = tensor
@@ -93,23 +93,26 @@ def share(state: State, stack_name: str, sharing: str, method: str = "mean") -> 
     return State(architecture, kept), Step(f"{title} ({method})" if lost else title, exact, lost)
 
 
-def _kinds(stack: Stack) -> list[str]:
+def kinds_of(stack: Stack) -> list[str]:
+    """The kinds of sublayer that the stack has."""
     return [kind for kind in _KINDS if kind != "cross_attention" or stack.cross_attention]
 
 
-def _index(stack: Stack, kind: str, layer: int) -> int:
+def index_of(stack: Stack, kind: str, layer: int) -> int:
+    """Which set of weights of a kind a layer uses."""
     return stack.feed_forward_index(layer) if kind == "feed_forward" else stack.attention_index(layer)
 
 
-def _members(stack: Stack, kind: str) -> dict[int, list[int]]:
+def members_of(stack: Stack, kind: str) -> dict[int, list[int]]:
     """The layers that use each set of weights of a kind."""
     members: dict[int, list[int]] = {}
     for layer in range(stack.n_layers):
-        members.setdefault(_index(stack, kind, layer), []).append(layer)
+        members.setdefault(index_of(stack, kind, layer), []).append(layer)
     return members
 
 
-def _sublayer(state: State, path: str) -> dict[str, Tensor]:
+def sublayer_of(state: State, path: str) -> dict[str, Tensor]:
+    """The tensors below a path, by the rest of their names, float64."""
     prefix = f"{path}."
     return {n.removeprefix(prefix): state.wide(n) for n in state.tensors if n.startswith(prefix)}
 
@@ -122,20 +125,29 @@ def _merged(
     reference = parts[middle]
     if len(parts) == 1:
         return reference, 0.0
-    aligned = {middle: reference}
-    for index, part in parts.items():
-        if index != middle:
-            if kind == "feed_forward":
-                aligned[index] = align_feed_forward(reference, part)
-            else:
-                aligned[index] = align_attention(reference, part, stack, cross=kind == "cross_attention")
-    each = [aligned[index] for index in sources]
+    ordered = aligned(parts, middle, stack, kind)
+    each = [ordered[index] for index in sources]
     merged = reference
     if method == "mean":
         merged = {leaf: torch.stack([part[leaf] for part in each]).mean(0) for leaf in reference}
     apart = sum(float((part[leaf] - merged[leaf]).square().sum()) for part in each for leaf in merged)
     size = sum(float(part[leaf].square().sum()) for part in each for leaf in merged)
     return merged, apart / max(size, 1e-300)
+
+
+def aligned(
+    parts: Mapping[int, dict[str, Tensor]], middle: int, stack: Stack, kind: str
+) -> dict[int, dict[str, Tensor]]:
+    """Sublayers of one kind, by number, in the order of the heads and neurons of number `middle`. Exact."""
+    reference, out = parts[middle], dict(parts)
+    for index, part in parts.items():
+        if index == middle:
+            continue
+        if kind == "feed_forward":
+            out[index] = align_feed_forward(reference, part)
+        else:
+            out[index] = align_attention(reference, part, stack, cross=kind == "cross_attention")
+    return out
 
 
 # --- the refit on text
@@ -193,8 +205,8 @@ def refit_shared(
     teacher = _unshared(before, stack_name, parent)
     uses = {
         f"{stack_name}.{kind}.{index}": [f"{stack_name}.{kind}.{layer}" for layer in members]
-        for kind in _kinds(stack)
-        for index, members in _members(stack, kind).items()
+        for kind in kinds_of(stack)
+        for index, members in members_of(stack, kind).items()
         if len(members) > 1
     }
     missed: dict[str, float] = {}
@@ -306,7 +318,7 @@ def _fitted_norm(state: State, norm: str, z_ND: Tensor, wanted_ND: Tensor) -> di
 
 def _sublayers(name: str, stack: Stack) -> list[str]:
     """The paths of the sublayers of a stack that shares nothing."""
-    return [f"{name}.{kind}.{layer}" for kind in _kinds(stack) for layer in range(stack.n_layers)]
+    return [f"{name}.{kind}.{layer}" for kind in kinds_of(stack) for layer in range(stack.n_layers)]
 
 
 def _has(model: Transformer, path: str, leaf: str) -> bool:
