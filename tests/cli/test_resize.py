@@ -169,6 +169,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["gpt2", "new", "d_model=12"], "calibrate"),
     (["gpt2", "new", "d_model=12", "--calibrate", "none.txt"], "there is no file none.txt"),
     (["gpt2", "new", "d_model=12", "--calibrate", "latin.txt"], "latin.txt, line 1: not UTF-8"),
+    (["bert", "new", "d_model=12", "--calibrate", "korean.txt"], "korean.txt: the tokenizer cannot read it"),
     (["gpt2", "new", "d_model=12", "--calibrate", "short.txt"], "needs at least"),
     (["gpt2", "new", "d_ff=20", "--calibrate", "short.txt"], "needs at least"),
     (["gpt2", "new", "d_model=12", "calibrate.tokens=100"], "give calibrate=FILE"),
@@ -189,6 +190,7 @@ WRONG: list[tuple[list[str], str]] = [
 @pytest.mark.parametrize(("words", "line"), WRONG, ids=[" ".join(words[2:]) or words[0] for words, _ in WRONG])
 def test_what_is_wrong_is_one_line_and_leaves_nothing(cli: Callable, here: Path, words: list[str], line: str):
     Path("latin.txt").write_bytes("für alle\n".encode("latin-1"))
+    Path("korean.txt").write_text("선반은 나무를 깎는다\n" * 9, encoding="utf-8")
     Path("short.txt").write_text("the lathe turns", encoding="utf-8")
     for name in ("quantised", "bare"):
         shutil.copytree("gpt2", name)

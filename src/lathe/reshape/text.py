@@ -39,6 +39,7 @@ _MOST_CHARACTERS = 200_000_000  # of a file, among which documents are drawn
 _TOO_LONG = 0.8  # a document is cut where less than this share of it is still needed
 _APART_EVERY = 10  # of the documents, where one file has to serve for both
 _LONGEST_ROW = 256
+_MOST_UNREAD = 0.5  # of the tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,15 +92,21 @@ def read_documents(settings: TextSettings, tokenizer: Tokenizer, *, apart: bool)
     drawn = iter(_drawn(settings))
     used: list[str] = []
     held: list[str] = []
-    tokens, number = 0, 0
+    tokens, number, unread = 0, 0, 0
     while tokens < settings.tokens and (group := list(islice(drawn, _DOCUMENTS_AT_ONCE))):
         for text, ids in zip(group, tokenizer.encode_batch(group, add_special_tokens=False)):
             number += 1
             if apart and number % _APART_EVERY == 0:
                 held.append(text)
             elif tokens < settings.tokens:
+                unread += ids.count(tokenizer.unk_id) if tokenizer.unk_id is not None else 0
                 used.append(_cut(text, (settings.tokens - tokens) / max(len(ids), 1)))
                 tokens += len(ids)
+    if unread > _MOST_UNREAD * tokens:
+        raise RequestError(
+            f"{settings.file}: the tokenizer cannot read it, {unread / tokens:.0%} of its tokens are unknown; give "
+            "text in the model's own language and script"
+        )
     if apart and used and not held:
         used, held = _split(used)
     return Documents.of(used), Documents.of(held)
