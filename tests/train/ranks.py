@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.distributed import TCPStore
 
 from lathe.architecture import Architecture
 from lathe.checkpoint.save import save_checkpoint
@@ -175,6 +176,7 @@ def world(size: int, work: Callable[[], int]) -> list[tuple[int, str]]:
         if not child:
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
             os.dup2(tell, 1)
             os.dup2(tell, 2)
             code = ended(work)
@@ -182,11 +184,14 @@ def world(size: int, work: Callable[[], int]) -> list[tuple[int, str]]:
             os._exit(code)
         os.close(tell)
         children.append((child, told))
+    # As `torchrun` does: the store is in a process that outlives the ranks. They try until it is there.
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     ends: list[tuple[int, str]] = []
     for child, told in children:
         with os.fdopen(told) as pipe:
             said = pipe.read()
         ends.append((os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said))
+    del store
     return ends
 
 
