@@ -230,6 +230,7 @@ def resize(
     *,
     calibrate: str | os.PathLike[str] | Iterable[Tensor | Mapping[str, Tensor]] = (),
     method: str = "rotate",
+    refit: bool | None = None,
     share: str = "mean",
     seed: int = 0,
     own_form: bool = False,
@@ -244,6 +245,7 @@ def resize(
             mappings of the model's keyword arguments, where padding is marked by `attention_mask`. What only grows,
             and `truncate`, need none.
         method: how a width is cut: `rotate` (least loss), `select` or `truncate` (for comparison).
+        refit: whether the layers are then fitted to the parent's by least squares; None: except with `truncate`.
         share: what layers that come to share weights start from: `mean`, aligned, or `middle`.
         seed: of the text that is drawn and of the weights that growth draws.
         own_form: allow a width that the family's files cannot hold, where the heads would have to fill it.
@@ -277,6 +279,7 @@ def resize(
         changes,
         calibrate=batches,
         method=method,
+        refit=refit,
         share=share,
         seed=seed,
         own_form=own_form,

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import lathe
-from lathe.errors import RequestError
 from lathe.model.transformer import Transformer
 from lathe.reshape import resize
 from lathe.reshape.state import State
@@ -62,13 +61,15 @@ def test_a_classifier_reads_the_narrow_stream() -> None:
     assert out.last_hidden_state.shape[-1] == 18
 
 
-def test_stacks_that_norm_in_different_places_are_refused() -> None:
-    mixed = lathe.preset("bart-base").with_(SIZES | {"decoder.norm_position": "pre"})
-    with pytest.raises(RequestError, match="one stack norms before"):
-        resize(build(mixed), {"d_model": 18}, calibrate=[text(mixed)])
-
-
-def test_a_pre_norm_stack_with_a_normed_input_is_refused() -> None:
-    architecture = gpt_like(**{"decoder.input_norm": True})
-    with pytest.raises(RequestError, match="norms its embeddings"):
-        resize(build(architecture), {"d_model": 24}, calibrate=[text(architecture)])
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: model_of("bart-base", **{"decoder.norm_position": "pre"}),
+        lambda: build(gpt_like(**{"decoder.input_norm": True})),
+        lambda: model_of("mbart-large-cc25"),
+    ],
+    ids=["one stack norms before, one after", "a norm on the embeddings", "mBART"],
+)
+def test_norms_of_every_place_are_fitted(model: Any) -> None:
+    made = model()
+    assert error(made, 18, "rotate") < error(made, 18, "select")

@@ -191,22 +191,54 @@ def test_heads_that_fill_the_width_go_on_filling_it():
     cut = resize(build(architecture), {"d_model": 24}, calibrate=[text(architecture)])
     assert cut.architecture.decoder is not None
     assert cut.architecture.decoder.attention.d_head == 12
-    assert [step.name for step in cut.steps] == ["narrow decoder heads 16 → 12", "rotate d_model 32 → 24"]
+    names = [step.name for step in cut.steps]
+    assert names[:2] == ["narrow decoder heads 16 → 12", "rotate d_model 32 → 24"]
+    assert names[2].startswith("refit at d_model 24")
 
 
 def test_a_width_that_the_heads_cannot_fill_is_refused():
-    with pytest.raises(RequestError, match=r"choose a multiple of 2 \(\d+ or \d+\), or give decoder\.attention\.n_heads too"):
+    with pytest.raises(
+        RequestError, match=r"choose a multiple of 2 \(\d+ or \d+\), or give decoder\.attention\.n_heads too"
+    ):
         resize(build(gpt_like(d_head=16)), {"d_model": 25}, calibrate=[text(gpt_like())])
 
 
-def test_a_tied_uneven_norm_is_not_called_exact():
-    model = build(gpt_like())
+def test_the_basis_at_the_old_width_leaves_the_channels_as_they_are():
+    model = build(gpt_like())  # tied, with an uneven weight in the norm that the table reads
     same, exact = rotated(model, 32)
-    assert not exact
+    assert exact
     batch = text(model.architecture, seed=1)
-    with torch.no_grad():
-        error = float((same(**batch).logits - model(**batch).logits).norm() / model(**batch).logits.norm())
-    assert 1e-6 < error < 0.3
+    torch.testing.assert_close(same(**batch).logits, model(**batch).logits, rtol=1e-7, atol=1e-9)
+
+
+def test_a_scaled_table_is_cut_like_a_table_that_holds_the_scale():
+    for head in (
+        LanguageHead(tied=True, transform="gelu", bias=True),
+        LanguageHead(tied=True),
+        LanguageHead(tied=False),
+    ):
+        changes = {"head": Head(language=head), "embedding.scaled": True}
+        for more in ({}, {"d_embed": 12}):
+            scaled = build(gpt_like(**more).with_(changes))
+            plain = Transformer(scaled.architecture.with_({"embedding.scaled": False}), seed=0).double().eval()
+            plain.load_state_dict(scaled.state_dict())
+            width = scaled.architecture.width
+            with torch.no_grad():
+                plain.embedding.tokens.weight.mul_(width**0.5)
+                # The head reads the table too: what it is given has to be smaller by as much.
+                for part in ("head.language.norm", "head.language.projection", "decoder.norm"):
+                    names = [n for n, _ in plain.named_parameters() if n.startswith(part)]
+                    if head.tied and names:
+                        for name in names:
+                            plain.get_parameter(name).mul_(width**-0.5)
+                        break
+            batch, test = text(scaled.architecture), text(scaled.architecture, seed=1)
+            with torch.no_grad():
+                torch.testing.assert_close(scaled(**test).logits, plain(**test).logits)
+                for field in ("d_model", *more):
+                    cut = [resize(m, {field: 8}, calibrate=[batch], refit=False) for m in (scaled, plain)]
+                    one, other = (rebuilt(State(c.architecture, c.tensors))(**test).logits for c in cut)
+                    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_the_basis_without_a_mean_is_orthonormal():

@@ -111,6 +111,38 @@ class TransformerStack(nn.Module):
             memory: what cross-attention reads.
             trace: filled with every layer's hidden states if it wants them, and attention weights if `weights`.
         """
+        x_BTD, around = self.enter(
+            embedding,
+            vectors_BTE,
+            padding_BT=padding_BT,
+            positions_BT=positions_BT,
+            token_type_ids=token_type_ids,
+            segments_BT=segments_BT,
+            memory=memory,
+            cache=cache,
+            weights=weights,
+        )
+        out_BTD = self.leave(self._run(x_BTD, around, cache, trace))
+        if trace is not None and trace.hidden:
+            trace.hidden_states.append(out_BTD)
+        if cache is not None:
+            cache.advance()
+        return out_BTD
+
+    def enter(
+        self,
+        embedding: Embedding,
+        vectors_BTE: Tensor,
+        *,
+        padding_BT: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        segments_BT: Tensor | None = None,
+        memory: Memory | None = None,
+        cache: Cache | None = None,
+        weights: bool = False,
+    ) -> tuple[Tensor, Surroundings]:
+        """The stream before the first layer, B × T × D, and what every layer is given; arguments as in `forward`."""
         length, device = vectors_BTE.shape[1], vectors_BTE.device
         if cache is not None:
             places_BT = cache.place(padding_BT, length)
@@ -134,14 +166,13 @@ class TransformerStack(nn.Module):
         if embedding.projection is not None:
             x_BTD = embedding.projection(x_BTD)
         around = self._surroundings(mask, places_BT, keys_S, positions_BT, segments_BT, memory, weights)
-        x_BTD = self._run(x_BTD, around, cache, trace)
+        return x_BTD, around
+
+    def leave(self, x_BTD: Tensor) -> Tensor:
+        """The stream after the last layer as what reads the stack sees it."""
         if self.norm is not None:
             x_BTD = self.norm(x_BTD)
         out_BTD: Tensor = self.output_dropout(x_BTD)
-        if trace is not None and trace.hidden:
-            trace.hidden_states.append(out_BTD)
-        if cache is not None:
-            cache.advance()
         return out_BTD
 
     def _surroundings(

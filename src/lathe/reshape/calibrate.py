@@ -3,6 +3,9 @@
 A rotation keeps the directions in which the stream moves most. Each norm sees the stream with its own
 size, and what its readers consume is the normed stream, so every token is first divided by its own norm;
 otherwise a few large tokens would choose the basis. LayerNorm also removes the mean. Sums are float64.
+
+Where a norm's output is itself the stream (post-norm, a norm on the embeddings), its weight and bias have already
+been at work on it, and it is the output that is taken, as it is but for the mean.
 """
 
 from __future__ import annotations
@@ -23,10 +26,14 @@ Batch = Mapping[str, Tensor]
 
 @dataclass
 class Moments:
-    """Second moments of the unit-normalised input of each norm, and how many tokens were seen."""
+    """Second moments of the unit-normalised input of each norm, and how many tokens were seen.
+
+    `loud` holds each norm's output, squared and summed over tokens, channel by channel.
+    """
 
     by_norm: dict[str, Tensor] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
+    loud: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, norm: str, rows_ND: Tensor) -> None:
         """Count more rows."""
@@ -43,6 +50,10 @@ class Moments:
         """The sum of the means over several norms."""
         return torch.stack([self.mean(norm) for norm in norms]).sum(0)
 
+    def loudness(self, norms: Iterable[str]) -> Tensor:
+        """How much each channel carries of what the norms hand on: mean squares, summed over the norms."""
+        return torch.stack([self.loud[norm] / self.tokens[norm] for norm in norms if norm in self.loud]).sum(0)
+
 
 def unit(x: Tensor, *, centred: bool) -> Tensor:
     """Each row divided by its root mean square, after its mean is removed where `centred`."""
@@ -52,30 +63,40 @@ def unit(x: Tensor, *, centred: bool) -> Tensor:
     return x / x.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
 
 
-def moments(model: Transformer, batches: Iterable[Batch], norms: Iterable[str]) -> Moments:
+def moments(
+    model: Transformer, batches: Iterable[Batch], norms: Iterable[str], *, streams: Iterable[str] = ()
+) -> Moments:
     """Run the batches through the model and gather the moments at each of `norms`.
 
     Args:
         batches: keyword arguments of the model, one mapping each.
+        streams: those of the norms whose output is the stream.
 
     Raises:
         RequestError: no tokens.
     """
-    gathered = Moments()
+    gathered, outputs = Moments(), frozenset(streams)
 
-    def listener(norm: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def ear(norm: str) -> Ear:
         centred = isinstance(model.get_submodule(norm), nn.LayerNorm)
 
-        def listen(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            gathered.add(norm, unit(inputs[0], centred=centred).flatten(0, -2)[token_rows(inputs[0], norm, current)])
+        def listen(given: Tensor, out: Tensor) -> None:
+            rows = token_rows(given, norm, current)
+            made_ND = out.detach().flatten(0, -2)[rows].to("cpu", torch.float64)
+            seen = made_ND - made_ND.mean(-1, keepdim=True) if centred else made_ND
+            gathered.add(norm, seen if norm in outputs else unit(given, centred=centred).flatten(0, -2)[rows])
+            gathered.loud[norm] = gathered.loud.get(norm, torch.zeros(())) + made_ND.square().sum(0)
 
         return listen
 
     current: Batch = {}
-    with listening(model, {norm: listener(norm) for norm in norms}), torch.no_grad():
+    training = model.training
+    model.eval()
+    with heard(model, {norm: ear(norm) for norm in norms}), torch.no_grad():
         for batch in batches:
             current = batch
             model(**batch)
+    model.train(training)
     if not gathered.tokens:
         raise RequestError("the calibration text is empty; give calibrate=FILE, text such as the model is used on")
     return gathered
@@ -91,6 +112,25 @@ def token_rows(x: Tensor, norm: str, batch: Batch) -> Tensor:
     if segments is not None and segments.shape == counted.shape:
         counted &= segments.cpu() >= 0  # packed rows number their pads −1
     return counted.flatten()
+
+
+# What passes a module: its first input and its output.
+Ear = Callable[[Tensor, Tensor], None]
+
+
+@contextmanager
+def heard(model: nn.Module, ears: Mapping[str, Ear]) -> Iterator[None]:
+    """Call each ear with the first input and the output of the module it is named for, whenever that runs."""
+
+    def hook(ear: Ear) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda _, given, out: ear(given[0], out)
+
+    handles = [model.get_submodule(name).register_forward_hook(hook(ear)) for name, ear in ears.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -1,25 +1,26 @@
 """Operations that make an axis narrower: heads by their products' rank, widths by rotation or by choosing channels.
 
 Which channels, and what text is needed for that, is the method's to say; `lathe.reshape.width` has the mathematics.
+What is left is then fitted to its parent, whatever the method (`lathe.reshape.refit`).
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lathe.architecture import Architecture
 from lathe.errors import RequestError
-from lathe.model.transformer import Transformer
-from lathe.reshape.calibrate import Batch, Moments, moments, unit
+from lathe.reshape.calibrate import Moments, moments, unit
 from lathe.reshape.heads import narrow_heads
 from lathe.reshape.operation import Context, Operation, Run, plain
-from lathe.reshape.postnorm import rotate_post_norm
+from lathe.reshape.refit import refit
 from lathe.reshape.state import State, Step
-from lathe.reshape.transform import refit_transform, transform_rows
-from lathe.reshape.width import is_centred, keep, norms_of, principal, rotate
+from lathe.reshape.transform import loudest_directions, onto_table, refit_transform, transform_rows
+from lathe.reshape.width import is_centred, keep, norms_of, principal, rotate, streams_of, with_stored_positions
+
+_TOKENS = "embedding.tokens.weight"
+_OUTPUT = "head.language.output.weight"
 
 
 def plan_heads(done: Architecture, target: Architecture) -> list[Operation]:
@@ -33,13 +34,20 @@ def plan_heads(done: Architecture, target: Architecture) -> list[Operation]:
     return operations
 
 
-def plan_width(done: Architecture, target: Architecture, method: str) -> list[Operation]:
+def plan_width(
+    done: Architecture, target: Architecture, method: str, *, refitted: bool | None = None
+) -> list[Operation]:
     """An operation for each width that becomes smaller.
+
+    Args:
+        refitted: whether the rest of the model is fitted to its parent afterwards (`lathe.reshape.refit`); None: where
+            the method reads text anyway.
 
     Raises:
         RequestError: an embedding's own width that is to grow.
     """
     operations = []
+    fits = method != "truncate" if refitted is None else refitted
     for field, group, old, wanted in (
         ("d_model", "residual", done.d_model, target.d_model),
         ("embedding.d_embed", "embed", done.embedding.d_embed, target.embedding.d_embed),
@@ -47,27 +55,34 @@ def plan_width(done: Architecture, target: Architecture, method: str) -> list[Op
         if old is None or wanted is None or wanted == old:
             continue
         if wanted < old:
-            operations.append(Operation({field: wanted}, _cutting(field, group, wanted, method)))
+            operations.append(Operation({field: wanted}, _cutting(field, group, wanted, method, fits)))
         elif group == "embed":
             raise RequestError(f"d_embed={wanted}: this model has {old}, and it can only be cut; give a smaller number")
     return operations
 
 
-def _cutting(field: str, group: str, size: int, method: str) -> Run:
+def _cutting(field: str, group: str, size: int, method: str, fits: bool) -> Run:
     def run(context: Context, state: State) -> tuple[State, list[Step]]:
-        if method == "truncate":
+        if method == "truncate" and not fits:
             return _kept(state, group, field, torch.arange(size), method)
+        state = with_stored_positions(state, group)
         model, batches = context.current(state), context.batches
         norms = norms_of(state.architecture, group)
-        seen = moments(model, batches, norms)
+        seen = moments(model, batches, norms, streams=streams_of(state.architecture, group))
         _require_enough(seen, field, size)
-        if method == "select":
-            return _kept(state, group, field, _most_active(state, norms, seen, size), method)
-        if group == "residual" and any(stack.norm_position == "post" for _, stack in state.architecture.stacks):
-            _require_all_post_norm(state.architecture)
-            return rotate_post_norm(state, batches, size)
-        _require_unnormed_input(state.architecture, group)
-        return _rotated(model, state, group, field, size, seen, batches)
+        channels: Tensor | None = None
+        if method == "rotate":
+            started, steps, into = _rotated(context, state, group, field, size, seen)
+        else:
+            channels = torch.arange(size)
+            if method == "select":
+                channels = seen.loudness(norms).topk(size).indices.sort().values
+            started, steps = _kept(state, group, field, channels, method)
+            into = torch.eye(len(seen.mean(norms[0])), dtype=torch.float64)[:, channels]
+        if not fits:
+            return started, steps
+        fitted, more = refit(state, started, into, batches, embed=group == "embed", pooled=channels)
+        return fitted, [*steps, *more]
 
     return run
 
@@ -90,45 +105,33 @@ def _kept(state: State, group: str, field: str, channels: Tensor, method: str) -
     return kept, [step]
 
 
-def _most_active(state: State, norms: list[str], seen: Moments, size: int) -> Tensor:
-    """The channels that carry most of what the norms hand to their readers, in their old order."""
-    score = torch.zeros_like(seen.mean(norms[0]).diagonal())
-    for norm in norms:
-        score += state.wide(f"{norm}.weight").square() * seen.mean(norm).diagonal()
-        if f"{norm}.bias" in state.tensors:
-            score += state.wide(f"{norm}.bias").square()
-    return score.topk(size).indices.sort().values
-
-
-def _require_all_post_norm(architecture: Architecture) -> None:
-    if any(stack.norm_position == "pre" for _, stack in architecture.stacks):
-        raise RequestError("one stack norms before its sublayers, one after, so no one fit serves; use method=select")
-
-
-def _require_unnormed_input(architecture: Architecture, group: str) -> None:
-    for name, stack in architecture.stacks:
-        if group == "residual" and stack.input_norm:
-            raise RequestError(
-                f"the {name} norms its embeddings with a scale of its own, which no rotation passes; use method=select"
-            )
-
-
 def _rotated(
-    model: Transformer, state: State, group: str, field: str, size: int, seen: Moments, batches: Sequence[Batch]
-) -> tuple[State, list[Step]]:
+    context: Context, state: State, group: str, field: str, size: int, seen: Moments
+) -> tuple[State, list[Step], Tensor]:
+    """The rotated state, what was done, and the basis."""
     norms = norms_of(state.architecture, group)
     centred = is_centred(state.architecture, group)
     language = state.architecture.head.language
     if language is None or language.transform is None or not _head_is_as_wide(state.architecture, group):
-        rotated, step = rotate(state, group, field, principal(seen, norms, size, centred=centred), seen)
-        return rotated, [step]
+        basis = principal(seen, norms, size, centred=centred)
+        rotated, step = rotate(state, group, field, basis, seen)
+        return rotated, [step], basis.matrix
     # The head writes what the table reads, so its output has a say in which channels stay.
-    x_ND, old_NE = transform_rows(model, batches)
+    x_ND, old_NE = transform_rows(context.current(state), context.batches)
     seen.add("head.language.norm", unit(old_NE, centred=centred))
     basis = principal(seen, [*norms, "head.language.norm"], size, centred=centred)
     rotated, step = rotate(state, group, field, basis, seen)
-    refitted, second = refit_transform(state, rotated, x_ND, old_NE, basis.writing)
-    return refitted, [step, second]
+    if step.exact:  # the channels are what they were, and so is what the transform gives
+        return rotated, [step], basis.matrix
+    if group == "residual":
+        x_ND, _ = transform_rows(context.current(rotated), context.batches)
+    if language.tied:
+        onto = onto_table(rotated.wide(_TOKENS), state.wide(_TOKENS))
+    else:  # a table of its own needs not the stream's channels, but the transform's best ones
+        onto = loudest_directions(old_NE, size).T
+        rotated = rotated.with_({_OUTPUT: state.wide(_OUTPUT) @ onto.T})
+    refitted, second = refit_transform(state, rotated, x_ND, old_NE, onto.T)
+    return refitted, [step, second], basis.matrix
 
 
 def _head_is_as_wide(architecture: Architecture, group: str) -> bool:

@@ -64,6 +64,7 @@ def resize(
     *,
     calibrate: Sequence[Batch] = (),
     method: str = "rotate",
+    refit: bool | None = None,
     share: str = "mean",
     seed: int = 0,
     tokenizer: Tokenizer | None = None,
@@ -79,6 +80,8 @@ def resize(
         calibrate: batches of keyword arguments of the model, of the kind of text that it is used on;
             what only grows, and `truncate`, need none.
         method: how a width is cut: `rotate`, `select` or `truncate`.
+        refit: whether the rest of the model is then fitted to its parent by least squares on the text; None: with
+            `rotate` and `select`, which read text anyway.
         share: what layers that come to share weights start from: `mean`, aligned, or `middle`.
         seed: of the weights that growth draws.
         tokenizer: the model's, for what changes the vocabulary.
@@ -100,7 +103,13 @@ def resize(
         others = {name: value for name, value in changes.items() if not _is_vocabulary(model.architecture, name)}
         changes = {**others, **settled.changes}
     target, operations = planned(
-        model.architecture, changes, method=method, share=share, own_form=own_form, renews=settled is not None
+        model.architecture,
+        changes,
+        method=method,
+        refit=refit,
+        share=share,
+        own_form=own_form,
+        renews=settled is not None,
     )
     state = State(model.architecture, model.state_dict())
     steps: list[Step] = []
@@ -122,6 +131,7 @@ def planned(
     changes: Mapping[str, Any],
     *,
     method: str = "rotate",
+    refit: bool | None = None,
     share: str = "mean",
     own_form: bool = False,
     renews: bool = False,
@@ -140,7 +150,7 @@ def planned(
     target = source.with_(changes)
     if target.family != source.family:
         target = target.with_(convert.followers(target))
-    return target, _operations(source, target, method, share, renews)
+    return target, _operations(source, target, _planners(method, refit, share, renews))
 
 
 def with_followers(source: Architecture, changes: Mapping[str, Any], *, own_form: bool = False) -> dict[str, Any]:
@@ -188,7 +198,7 @@ def _multiples(near: int, of: int) -> str:
     return f"a multiple of {of} ({below} or {above})" if below else f"a multiple of {of}"
 
 
-def _planners(method: str, share: str, renews: bool) -> tuple[Planner, ...]:
+def _planners(method: str, refit: bool | None, share: str, renews: bool) -> tuple[Planner, ...]:
     """Who may change what, in the order in which it is done."""
     return (
         convert.plan_family,
@@ -199,7 +209,7 @@ def _planners(method: str, share: str, renews: bool) -> tuple[Planner, ...]:
         prune.plan_heads,
         prune.plan_feed_forward,
         cut.plan_heads,
-        partial(cut.plan_width, method=method),
+        partial(cut.plan_width, method=method, refitted=refit),
         grow_width.plan_width,
         grow_heads.plan_heads,
         grow.plan_feed_forward,
@@ -208,11 +218,11 @@ def _planners(method: str, share: str, renews: bool) -> tuple[Planner, ...]:
     )
 
 
-def _operations(source: Architecture, target: Architecture, method: str, share: str, renews: bool) -> list[Operation]:
+def _operations(source: Architecture, target: Architecture, planners: Sequence[Planner]) -> list[Operation]:
     """What has to be done, in order; a change that nothing does is an error."""
     operations: list[Operation] = []
     done = source
-    for planner in _planners(method, share, renews):
+    for planner in planners:
         for operation in planner(done, target):
             operations.append(operation)
             done = done.with_(operation.changes)

@@ -18,6 +18,7 @@ from lathe.model.feed_forward import ACTIVATION_FUNCTIONS
 from lathe.model.transformer import Transformer
 from lathe.reshape.calibrate import Batch, listening
 from lathe.reshape.state import State, Step
+from lathe.reshape.width import without_mean
 
 _BIAS = 4.0
 _SPREAD = 0.7  # the inputs' standard deviation, so that hardly any reaches GELU's bend
@@ -60,7 +61,6 @@ def refit_transform(before: State, state: State, x_ND: Tensor, old_NE: Tensor, i
     """
     language = state.architecture.head.language
     target_NE = old_NE @ into
-    eps = list(state.architecture.stacks)[-1][1].norm.eps
     assert language is not None
     assert language.transform is not None
     ones = torch.ones(len(x_ND), 1, dtype=torch.float64)
@@ -71,23 +71,50 @@ def refit_transform(before: State, state: State, x_ND: Tensor, old_NE: Tensor, i
     scale = _SPREAD / float((design @ fitted).std())
     weight, bias = fitted[:-1].T * scale, fitted[-1] * scale + _BIAS
     inner = ACTIVATION_FUNCTIONS[language.transform](x_ND @ weight.T + bias)
-    normed = torch.nn.functional.layer_norm(inner, inner.shape[-1:], eps=eps)
+    norm = list(state.architecture.stacks)[-1][1].norm
+    if norm.kind == "layer":
+        normed = torch.nn.functional.layer_norm(inner, inner.shape[-1:], eps=norm.eps)
+    else:
+        normed = inner * torch.rsqrt(inner.square().mean(-1, keepdim=True) + norm.eps)
     mean_n, mean_t = normed.mean(0), target_NE.mean(0)
+    if not norm.bias:  # nothing can move the mean
+        mean_n, mean_t = torch.zeros_like(mean_n), torch.zeros_like(mean_t)
     centred = normed - mean_n
     slope = (centred * (target_NE - mean_t)).sum(0) / centred.square().sum(0).clamp_min(1e-12)
     error = target_NE - (slope * centred + mean_t)
-    unexplained = float(error.square().sum() / (target_NE - mean_t).square().sum())
+    unexplained = float(error.square().sum() / (target_NE - mean_t).square().sum().clamp_min(1e-300))
     measures = "share of the old vectors' variance that the new ones miss"
     step = Step("refit the head's transform", False, {"unexplained": unexplained}, measures)
     changed = {
         "head.language.transform.weight": weight,
         "head.language.transform.bias": bias,
         "head.language.norm.weight": slope,
-        "head.language.norm.bias": mean_t - slope * mean_n,
     }
+    if norm.bias:
+        changed["head.language.norm.bias"] = mean_t - slope * mean_n
     if language.bias:
         # What the mean vector said in channels that are gone is a constant for each token: the output bias takes it.
         read = "embedding.tokens.weight" if language.tied else "head.language.output.weight"
-        lost = before.wide(read) @ old_NE.mean(0) - state.tensors[read] @ mean_t
-        changed["head.language.output.bias"] = state.wide("head.language.output.bias") + lost
+        lost = before.wide(read) @ old_NE.mean(0) - state.wide(read) @ (slope * centred + mean_t).mean(0)
+        changed["head.language.output.bias"] = before.wide("head.language.output.bias") + lost
     return state.with_(changed), step
+
+
+def onto_table(new_VE: Tensor, old_VD: Tensor, often_V: Tensor | None = None) -> Tensor:
+    """New × old: the vector whose product with the new table is nearest to the old vector's with the old one.
+
+    Args:
+        often_V: how much each token counts; alike where left out.
+    """
+    weight = torch.full((len(new_VE),), 1.0 / len(new_VE), dtype=torch.float64) if often_V is None else often_V
+    # What is added to every token's logit alike changes no prediction, so the tables count about their mean.
+    new, old = new_VE - weight @ new_VE, old_VD - weight @ old_VD
+    left = new.T * weight
+    return torch.linalg.pinv(left @ new, hermitian=True, rtol=1e-8) @ (left @ old)
+
+
+def loudest_directions(rows_NE: Tensor, width: int) -> Tensor:
+    """Old channels × new ones without a mean of their own: the directions in which rows vary most."""
+    centred = rows_NE - rows_NE.mean(0)
+    directions: Tensor = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)
+    return directions[:, : width - 1] @ without_mean(width).T

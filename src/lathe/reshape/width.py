@@ -39,7 +39,7 @@ class Basis:
 
     Args:
         matrix: R, old × new.
-        centred: whether the axis' norms remove the mean.
+        centred: whether the axis' norms remove the mean; R then takes a mean to the mean.
         energy: the share of the stream's second moment that survives, by norm.
     """
 
@@ -54,7 +54,7 @@ class Basis:
 
     @property
     def writing(self) -> Tensor:
-        """What tables and writers are multiplied with: R, after the mean is removed where the norms do so."""
+        """R without what it makes of the mean, where the norms remove it anyway."""
         return self.matrix - self.matrix.mean(0, keepdim=True) if self.centred else self.matrix
 
 
@@ -81,17 +81,32 @@ def norms_of(architecture: Architecture, group: str) -> list[str]:
     ]
 
 
+def streams_of(architecture: Architecture, group: str) -> list[str]:
+    """The norms along `group` whose output is the stream itself, so that no reader can take their weight in."""
+    return [norm for norm in norms_of(architecture, group) if not readers(architecture, norm)]
+
+
 def principal(moments: Moments, norms: list[str], width: int, *, centred: bool) -> Basis:
-    """The basis of the `width` channels that keep most of the stream."""
+    """The basis of the `width` channels that keep most of the stream.
+
+    The kept directions may be turned among themselves at no cost. They are turned so that the new channels are as
+    near as they can be to the old channels that carry most (orthogonal Procrustes): norms whose weights cannot be
+    folded away work channel by channel, and at the old width the basis is the identity.
+    """
     total = moments.total(norms)
-    rank = width - 1 if centred else width
+    old, rank = len(total), width - 1 if centred else width
     directions = torch.linalg.eigh(total).eigenvectors.flip(1)
     if centred:
         # The constant vector has no energy in a centred stream; keep it out even where others have none either.
-        ones = torch.full((len(total), 1), len(total) ** -0.5, dtype=torch.float64)
+        ones = torch.full((old, 1), old**-0.5, dtype=torch.float64)
         directions = torch.linalg.qr(torch.cat((ones, directions), 1)).Q[:, 1:]
     kept = directions[:, :rank]
-    matrix = kept @ without_mean(width).T if centred else kept
+    loudest = moments.loudness(norms).topk(width).indices.sort().values
+    frame = without_mean(width) if centred else torch.eye(width, dtype=torch.float64)
+    u, _, vh = torch.linalg.svd(kept[loudest].T @ frame)
+    matrix = kept @ (u @ vh) @ frame.T
+    if centred:  # the mean stays the mean: what reads the stream past a norm may look at it
+        matrix = matrix + (old * width) ** -0.5
     energy = {n: float((kept.T @ moments.mean(n) @ kept).trace() / moments.mean(n).trace()) for n in norms}
     return Basis(matrix, centred, energy)
 
@@ -134,12 +149,19 @@ def with_stored_positions(state: State, group: str) -> State:
 def rotate(state: State, group: str, field: str, basis: Basis, moments: Moments) -> tuple[State, Step]:
     """Write the axis `group` in the channels of `basis`.
 
+    Norms whose output is the stream keep a weight, the old one spread over the new channels; that is exact only where
+    the basis leaves the channels as they are. A head's transform is left to `refit_transform`.
+
     Args:
         field: the architecture's field that holds the axis' size, `d_model` or `embedding.d_embed`.
     """
     old, new = basis.matrix.shape
+    state = with_stored_positions(state, group)
     norms = norms_of(state.architecture, group)
-    state = fold(with_stored_positions(state, group), norms)
+    is_same = old == new and torch.allclose(basis.matrix, torch.eye(old, dtype=torch.float64), atol=1e-9)
+    uneven = [norm for norm in norms if _keeps_weight(state, norm) and _is_uneven(state, norm)]
+    state = fold(state, norms)
+    frees_mean = has_free_mean(state.architecture, group) and not is_same
     changed: dict[str, Tensor] = {}
     for parameter, dim in state.along(group):
         if parameter.role in ("scale", "shift") or _is_head_output(parameter, group):
@@ -147,22 +169,39 @@ def rotate(state: State, group: str, field: str, basis: Basis, moments: Moments)
         reads = parameter.role == "reader" or (
             parameter.role == "writer" and dim == len(parameter.axes) - 1 and dim > 0
         )
-        matrix = basis.matrix if reads else basis.writing
+        matrix = basis.writing if frees_mean and not reads else basis.matrix
         changed[parameter.name] = multiply(changed.get(parameter.name, state.wide(parameter.name)), dim, matrix)
     for norm in norms:
-        changed |= _norm_after(state, norm, basis, moments)
+        changed |= _norm_after(state, norm, basis, moments, frees_mean=frees_mean)
     changed |= _rescaled(state, field, old, new, changed)
+    if group == "residual":
+        for follower in ("pooled", "transform"):  # as wide as the stream by definition
+            for parameter, dim in state.along(follower):
+                whole = changed.get(parameter.name, state.wide(parameter.name))
+                changed[parameter.name] = whole.narrow(dim, 0, new)
     sizes = {field: new, **{f"{name}.norm.eps": s.norm.eps * old / new for name, s in state.architecture.stacks}}
-    exact = old == new and not any(_is_uneven(state, norm) for norm in norms)
+    exact = old == new and (is_same or not uneven)
     name = f"rotate {field.removeprefix('embedding.')} {old} → {new}"
     step = Step(name, exact, basis.energy, "share of the stream's energy that each norm still sees")
     return state.with_(changed, sizes), step
 
 
+def has_free_mean(architecture: Architecture, group: str) -> bool:
+    """Whether nothing looks at the mean of the axis' stream: every norm removes it, and all is read through norms."""
+    if group != "residual" or streams_of(architecture, group):
+        return False
+    return all(stack.norm.kind == "layer" and stack.final_norm for _, stack in architecture.stacks)
+
+
+def _keeps_weight(state: State, norm: str) -> bool:
+    """Whether a norm's weight cannot be folded into what reads it."""
+    return is_tied(state.architecture, norm) or not readers(state.architecture, norm)
+
+
 def _is_uneven(state: State, norm: str) -> bool:
-    """Whether a tied table reads a norm whose scale differs between channels: no rotation passes it exactly."""
+    """Whether a norm's weight differs between channels: no rotation passes it exactly."""
     scale = state.wide(f"{norm}.weight")
-    return is_tied(state.architecture, norm) and bool((scale != scale[0]).any())
+    return bool((scale != scale[0]).any())
 
 
 def _is_head_output(parameter: Parameter, group: str) -> bool:
@@ -170,14 +209,14 @@ def _is_head_output(parameter: Parameter, group: str) -> bool:
     return parameter.component == "head" and group == "embed" and parameter.axes[0].group == group
 
 
-def _norm_after(state: State, norm: str, basis: Basis, moments: Moments) -> dict[str, Tensor]:
+def _norm_after(state: State, norm: str, basis: Basis, moments: Moments, *, frees_mean: bool) -> dict[str, Tensor]:
     """A norm's weight and bias once its axis is rotated."""
     new = basis.matrix.shape[1]
     changed = {f"{norm}.weight": torch.full((new,), basis.growth, dtype=torch.float64)}
     if f"{norm}.bias" in state.tensors:
         changed[f"{norm}.bias"] = torch.zeros(new, dtype=torch.float64)
     if is_tied(state.architecture, norm):
-        changed |= _tied_norm(state, norm, basis, moments)
+        changed |= _tied_norm(state, norm, basis, moments, frees_mean=frees_mean)
     elif not readers(state.architecture, norm):
         scale = state.wide(f"{norm}.weight")
         changed[f"{norm}.weight"] = basis.growth * (basis.matrix.square().T @ scale)
@@ -186,7 +225,7 @@ def _norm_after(state: State, norm: str, basis: Basis, moments: Moments) -> dict
     return changed
 
 
-def _tied_norm(state: State, norm: str, basis: Basis, moments: Moments) -> dict[str, Tensor]:
+def _tied_norm(state: State, norm: str, basis: Basis, moments: Moments, *, frees_mean: bool) -> dict[str, Tensor]:
     """The scale of a norm that a tied table reads: least squares between old and new logits.
 
     Old logits are E(γ∘x̂), new ones E'(γ'∘x̂') with x̂' = √(d/d') Rᵀx̂. Over the text's second moment C of x̂ that
@@ -194,7 +233,8 @@ def _tied_norm(state: State, norm: str, basis: Basis, moments: Moments) -> dict[
     """
     table = state.wide("embedding.tokens.weight")
     scale = state.wide(f"{norm}.weight")
-    r, new_table = basis.matrix, table @ basis.writing
+    r = basis.matrix
+    new_table = table @ (basis.writing if frees_mean else r)
     seen = moments.mean(norm) @ r * basis.growth
     quadratic = (new_table.T @ new_table) * (r.T @ seen * basis.growth)
     linear = ((new_table.T @ (table * scale)) * seen.T).sum(1)
@@ -204,7 +244,7 @@ def _tied_norm(state: State, norm: str, basis: Basis, moments: Moments) -> dict[
     changed = {f"{norm}.weight": fitted * basis.growth}
     if f"{norm}.bias" in state.tensors:
         shift = state.wide(f"{norm}.bias")
-        changed |= _tied_shift(norm, table, new_table, r, shift)
+        changed |= _tied_shift(norm, table, new_table, r, shift) if frees_mean else {f"{norm}.bias": r.T @ shift}
     return changed
 
 
@@ -231,16 +271,23 @@ def _rescaled(state: State, field: str, old: int, new: int, changed: dict[str, T
     head_factor = math.sqrt(new / old) if language is not None and language.scaled and field == "d_model" else 1.0
     if table_factor != 1.0:
         out["embedding.tokens.weight"] = changed["embedding.tokens.weight"] * table_factor
-    if language is None or (head_factor == 1.0 and not (table_factor != 1.0 and language.tied)):
+    if language is None:
         return out
-    if language.tied and language.transform is None and a.embedding.d_embed is None:
-        final = next(p.norm for p in blueprint(a) if p.name == "head.language.output.weight")
-        for part in ("weight", "bias"):
-            if f"{final}.{part}" in changed:
-                out[f"{final}.{part}"] = changed[f"{final}.{part}"] * head_factor / table_factor
+    tied_factor = 1.0 / table_factor if language.tied else 1.0  # what reads a table that grew has to say less
+    if head_factor == tied_factor == 1.0:
         return out
-    first = next(p.name for p in blueprint(a) if p.name.startswith("head.language.") and p.role == "reader")
-    out[first] = changed[first] * head_factor
+    if language.transform is not None or a.embedding.d_embed is not None:
+        # A transform that gives the table's own channels is fitted to the table as it is (`refit_transform`).
+        first = "transform" if language.transform is not None else "projection"
+        name, factor = f"head.language.{first}.weight", head_factor * (tied_factor if first == "projection" else 1.0)
+        return out | {name: changed.get(name, state.wide(name)) * factor}
+    if not language.tied:
+        name = "head.language.output.weight"
+        return out | {name: changed[name] * head_factor}
+    final = next(p.norm for p in blueprint(a) if p.name == "head.language.output.weight")
+    for part in ("weight", "bias"):
+        if f"{final}.{part}" in changed:
+            out[f"{final}.{part}"] = changed[f"{final}.{part}"] * head_factor * tied_factor
     return out
 
 
@@ -252,5 +299,6 @@ def keep(state: State, group: str, field: str, channels: Tensor, method: str) ->
     for parameter, dim in state.along(group):
         old = parameter.axes[dim].size
         changed[parameter.name] = changed.get(parameter.name, state.wide(parameter.name)).index_select(dim, channels)
+    changed |= _rescaled(state, field, old, len(channels), changed) if old else {}
     step = Step(f"{method} {field.removeprefix('embedding.')} {old} → {len(channels)}", len(channels) == old, {})
     return state.with_(changed, {field: len(channels)}), step

@@ -1,0 +1,156 @@
+"""The last part of a refit: what reads the last stream, and the norm and the table that have to read with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from lathe.blueprint import Parameter, blueprint
+from lathe.reshape.calibrate import Ear, heard
+from lathe.reshape.fitting import Both, Fitting, linear_tensors
+from lathe.reshape.regress import Linear, best
+from lathe.reshape.transform import onto_table, refit_transform
+from lathe.reshape.walk import asked_rows, stack_of
+
+_MOST_ROWS = 16_384
+_TABLE_RIDGES = (0.03, 0.3, 3.0, 30.0)
+_TOKENS = "embedding.tokens.weight"
+_OUTPUT = "head.language.output"
+
+
+def head_products(work: Fitting, new_VE: Tensor, old_VD: Tensor) -> tuple[Tensor, Tensor]:
+    """R'ᵀR' and R'ᵀR of the head's tables, each token as often as the parent predicts it.
+
+    A softmax does not see what is added to every token's logit alike, so the tables count about their mean.
+    """
+    scales = _scales(work)
+    often = work.divergence.often
+    mean_new, mean_old = often @ new_VE, often @ old_VD
+    gram = (new_VE.T * often) @ new_VE - torch.outer(mean_new, mean_new)
+    reading = (new_VE.T * often) @ old_VD - torch.outer(mean_new, mean_old)
+    return gram * scales[0] ** 2, reading * scales[0] * scales[1]
+
+
+def fit_head(work: Fitting, pooled: Tensor | None) -> None:
+    """What reads the last stream; from here on the child's predictions can judge, since little stands behind."""
+    work.now = work.divergence(work.child)
+    head = work.state.architecture.head
+    name = list(work.state.architecture.stacks)[-1][0]
+    language = head.language
+    if language is not None and language.transform is not None:
+        _transform(work, name)
+    elif language is not None:
+        own = [p for p in _head_readers(work) if p.name.startswith("head.language.")]
+        for parameter in own:
+            module = parameter.name.removesuffix(".weight")
+            _fit_reader(work, module)
+        if language.tied and not own:
+            _tied_table(work, name)
+    if head.pooler is not None and head.pooler.activation is not None:
+        _pooler(work, pooled)
+    if head.classifier is not None:
+        work.fit_readers("head.classifier", ["head.classifier"], _at_head(work, "head.classifier"))
+    work.now = work.divergence(work.child)
+
+
+def _head_readers(work: Fitting) -> Iterator[Parameter]:
+    for parameter in blueprint(work.state.architecture):
+        if parameter.component != "head" or parameter.role != "reader" or parameter.is_bias:
+            continue
+        if parameter.axes[-1].group == "residual" and parameter.tied_to is None:
+            yield parameter
+
+
+def _at_head(work: Fitting, module: str) -> Both:
+    def run(ears: Mapping[str, Ear], number: int, which: int) -> None:
+        model = (work.parent, work.child)[which]
+        with heard(model, ears):
+            model(**work.batches[number])
+
+    def rows(number: int) -> Tensor:
+        return asked_rows(work.child, work.streams[1][number].x_BTD.shape[:2], work.batches[number])
+
+    return work.gather(run, [module], rows, lambda p, c: (c[module][0], p[module][0], None))
+
+
+def _tied_table(work: Fitting, name: str) -> None:
+    """A compromise between the table that writes the stream and the one that reads it best."""
+    scales = _scales(work)
+
+    def run(ears: Mapping[str, Ear], number: int, which: int) -> None:
+        model = (work.parent, work.child)[which]
+        with heard(model, ears):
+            stack_of(model, name).leave(work.streams[which][number].x_BTD)
+
+    def rows(number: int) -> Tensor:
+        return asked_rows(work.child, work.streams[1][number].x_BTD.shape[:2], work.batches[number])
+
+    dropout = f"{name}.output_dropout"
+    pairs = work.gather(run, [dropout], rows, lambda p, c: (c[dropout][1] * scales[0], p[dropout][1] * scales[1], None))
+    wanted = pairs.fitted.through(work.before.wide(_TOKENS), None)
+    start = Linear(work.state.wide(_TOKENS), None)
+    for candidate in start.fits(wanted, _TABLE_RIDGES):
+        # The least ridge that helps: what is held more fits the head less.
+        if work.attempt(_TOKENS, {_TOKENS: candidate.weight}):
+            return
+    work.left.append(_TOKENS)
+
+
+def _transform(work: Fitting, name: str) -> None:
+    """A masked-LM head's transform, which is no linear layer: its rows are kept, as many as it takes."""
+    language = work.state.architecture.head.language
+    assert language is not None
+    head = work.parent.head.language
+    assert head is not None
+    assert head.transform is not None
+    assert head.norm is not None
+    rows: dict[str, list[Tensor]] = {"x": [], "old": []}
+    for number in range(work.n_fitted):
+        shape = work.streams[1][number].x_BTD.shape[:2]
+        mask = asked_rows(work.child, shape, work.batches[number])
+        child, parent = (
+            stack_of(model, name).leave(work.streams[which][number].x_BTD).flatten(0, 1)[mask] * scale
+            for which, model, scale in zip((1, 0), (work.child, work.parent), _scales(work))
+        )
+        rows["x"].append(child.double())
+        rows["old"].append(head.norm(head.activation(head.transform(parent))).double())
+        if sum(map(len, rows["x"])) >= _MOST_ROWS:
+            break
+    read = _TOKENS if language.tied else "head.language.output.weight"
+    onto = onto_table(work.state.wide(read), work.before.wide(read), work.divergence.often)
+    fitted, step = refit_transform(work.before, work.state, torch.cat(rows["x"]), torch.cat(rows["old"]), onto.T)
+    changed = {
+        n: t for n, t in fitted.tensors.items() if n.startswith("head.language.") and t is not work.state.tensors[n]
+    }
+    if not work.attempt("head.language.transform", changed, step.detail["unexplained"]):
+        work.left.append("head.language.transform")
+
+
+def _pooler(work: Fitting, pooled: Tensor | None) -> None:
+    """The pooled channels that stay, each as the parent's was."""
+    name = "head.pooler"
+    pairs = _at_head(work, name)
+    weight, bias = work.parents(name)
+    kept = torch.arange(work.state.architecture.d_model) if pooled is None else pooled
+    assert bias is not None
+    fitted, held = (each.through(weight[kept], bias[kept]) for each in (pairs.fitted, pairs.held))
+    chosen, before, missed = best(work.linear(name), fitted, held)
+    work.keep(name, linear_tensors(name, chosen), missed, before)
+
+
+def _fit_reader(work: Fitting, module: str) -> None:
+    pairs, onto = _at_head(work, module), None
+    if module == "head.language.projection" and work.embed is not None:
+        read = _TOKENS if f"{_OUTPUT}.weight" not in work.state.tensors else f"{_OUTPUT}.weight"
+        onto = onto_table(work.state.wide(read), work.before.wide(read), work.divergence.often)
+    work.fit_readers(module, [module], pairs, onto)
+
+
+def _scales(work: Fitting) -> tuple[float, float]:
+    """What the head multiplies the stream with, in the child and in the parent."""
+    child, parent = work.child.head.language, work.parent.head.language
+    assert child is not None
+    assert parent is not None
+    return child.scale, parent.scale

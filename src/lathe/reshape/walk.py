@@ -1,0 +1,129 @@
+"""A parent and its narrow child, walked through the text side by side, layer by layer.
+
+A fit of one layer needs what the layer reads once everything before it is fitted. Running whole models for every fit
+would cost the square of their depth, and keeping every activation would cost the memory. So each batch is held as the
+stream before one layer, in both models; a layer is run as often as it has parts to fit, and then the streams move on
+to the next. What is held is one vector a token and model. Everything wider is looked at by listeners as it passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lathe.model.block import Surroundings
+from lathe.model.loss import IGNORED
+from lathe.model.stack import TransformerStack
+from lathe.model.transformer import Transformer
+from lathe.reshape.calibrate import Batch
+
+_HELD_EVERY = 8
+
+
+@dataclass
+class Held:
+    """One batch in one model: the stream before a layer, and what every layer is given."""
+
+    x_BTD: Tensor
+    around: Surroundings
+
+
+class _Reached(Exception):
+    """The call that was waited for has been made."""
+
+
+def stack_of(model: Transformer, name: str) -> TransformerStack:
+    """A model's encoder or decoder."""
+    stack = model.get_submodule(name)
+    assert isinstance(stack, TransformerStack)
+    return stack
+
+
+def entered(model: Transformer, name: str, batch: Batch) -> Held:
+    """A batch as it enters a stack; an encoder before it runs."""
+    stack, calls = stack_of(model, name), []
+
+    def caught(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        calls.append((given, named))
+        raise _Reached
+
+    handle = stack.register_forward_pre_hook(caught, with_kwargs=True)
+    try:
+        model(**batch)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    given, named = calls[0]
+    return Held(*stack.enter(*given, **{key: value for key, value in named.items() if key != "trace"}))
+
+
+def through(model: Transformer, name: str, held: Held, layers: range) -> Tensor:
+    """The stream of a batch after some layers of a stack."""
+    x_BTD, stack = held.x_BTD, stack_of(model, name)
+    for number in layers:
+        x_BTD, _, _ = stack.layer(number)(x_BTD, held.around)
+    return x_BTD
+
+
+def token_rows(name: str, shape: torch.Size, batch: Batch, *, both: bool) -> Tensor:
+    """Which rows of a stack's stream are tokens, flattened; pads would count as text otherwise.
+
+    Args:
+        name: the stack.
+        both: whether the model has an encoder and a decoder.
+    """
+    side = "decoder_" if both and name == "decoder" else ""
+    mask, segments, labels = batch.get(f"{side}attention_mask"), batch.get(f"{side}segment_ids"), batch.get("labels")
+    counted = torch.ones(shape, dtype=torch.bool)
+    if mask is not None:
+        counted &= mask.cpu().bool()
+    if segments is not None:
+        counted &= segments.cpu() >= 0  # packed rows number their pads −1
+    if side and mask is None and segments is None and labels is not None:
+        counted &= labels.cpu() != IGNORED
+    return counted.flatten()
+
+
+def asked_rows(model: Transformer, shape: torch.Size, batch: Batch) -> Tensor:
+    """Which rows of the last stream the head is asked about: those with a label, or every token's."""
+    both = model.encoder is not None and model.decoder is not None
+    name = "encoder" if model.decoder is None else "decoder"
+    counted = token_rows(name, shape, batch, both=both)
+    labels = batch.get("labels")
+    if labels is None or labels.shape != shape or model.head.language is None:
+        return counted
+    asked = labels.cpu() != IGNORED
+    if model.encoder is None:  # position t predicts label t + 1
+        asked = torch.cat((asked[:, 1:], torch.zeros(shape[0], 1, dtype=torch.bool)), 1)
+    return counted & asked.flatten()
+
+
+def split(batches: Sequence[Batch], most_tokens: int) -> tuple[list[Batch], list[Batch]]:
+    """The rows to fit on and every eighth one, to choose by; as many as hold `most_tokens` positions.
+
+    Fewer than two rows cannot be split: there is nothing held out then.
+    """
+    fitted: list[Batch] = []
+    held: list[Batch] = []
+    row = positions = 0
+    rows = sum(_rows(batch) for batch in batches)
+    every = min(_HELD_EVERY, max(rows, 2))
+    for batch in batches:
+        if positions >= most_tokens:
+            break
+        numbers = torch.arange(row, row + _rows(batch))
+        row += len(numbers)
+        positions += max(tensor.numel() for tensor in batch.values())
+        for into, wanted in ((fitted, numbers % every != every - 1), (held, numbers % every == every - 1)):
+            if wanted.any():
+                into.append({key: tensor[wanted.to(tensor.device)] for key, tensor in batch.items()})
+    return fitted, held
+
+
+def _rows(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
