@@ -19,7 +19,7 @@ from lathe.reshape.recipe import Recipe
 _MOST_DETAILS = 48  # rows of one table; more are drawn as a curve, and the lowest are named
 _LOSS, _BITS = "loss, nats a target", "bits a byte of text"
 _OTHER_TOKENS = (
-    "The tokenizer changed, so losses a token do not compare before and after: fewer, longer tokens are each harder."
+    "The tokenizer changed, so losses a token do not compare before and after: long tokens are harder than short ones."
 )
 
 
@@ -45,7 +45,7 @@ def page(outcome: Outcome, recipe: Recipe) -> str:
         "An exact step leaves every output as it was, up to rounding. “Logits moved” is the root mean square of their "
         "change over that of the logits before the step; the loss is that of the model after it."
     )
-    made.table(STEPS, step_cells(outcome))
+    made.table(STEPS, [["" if cell == "–" else cell for cell in row] for row in step_cells(outcome)])
     _details(made, outcome.steps)
     made.heading("Opened again from the disk")
     for line in reload_lines(outcome):
@@ -251,7 +251,7 @@ def _details(made: Page, steps: Sequence[Done]) -> None:
 
 
 def _detail(step: Done, name: str) -> str:
-    return f"{step.detail[name]:.4f}" if name in step.detail else "–"
+    return f"{step.detail[name]:.4f}" if name in step.detail else ""
 
 
 def _goes_on(steps: Sequence[Done], number: int) -> bool:
