@@ -9,7 +9,7 @@
    So a plan is never worse, on that text, than the best single axis. Where trials were fitted on a part of the text,
    the best few, the best single axis among them, are first fitted on all of it and measured again.
 
-At most `axes · (effort + 1) + 2 · effort` trials and three last ones are made, none twice. All of it follows from the
+At most `axes · (effort + 1) + 3 · effort` trials and three last ones are made, none twice. All of it follows from the
 text and the seed, except for milliseconds, which the machine says.
 """
 
@@ -189,7 +189,7 @@ class _Planning:
     def plan(self) -> BudgetPlan:
         """Measure, search, choose."""
         effort = self.settings.effort
-        most = 1 + len(self.axes) * (effort + 1) + 2 * effort + (0 if self.trials.probe.is_whole() else _FINALISTS)
+        most = 1 + len(self.axes) * (effort + 1) + 3 * effort + (0 if self.trials.probe.is_whole() else _FINALISTS)
         self.trials.say(f"budget: {self.cost.text(self.limit)} of {self.cost.text(self.before)}; {most} trials at most")
         start = self.trials.of({}, self.base)
         if start.loss is None:
@@ -271,7 +271,7 @@ class _Planning:
         prices = Prices(coarse, self.points)
         guess = _Guess(self, coarse)
         tried: list[Place] = []
-        left, misses = 2 * self.settings.effort, 2 * self.settings.effort
+        left, misses = 3 * self.settings.effort, 3 * self.settings.effort
         search = Search(prices, guess.of, self.limit)
         while left and misses:
             place = next((each for each in search.best() if all(_distance(each, t) >= _NEAR for t in tried)), None)

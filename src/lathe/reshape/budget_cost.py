@@ -40,7 +40,7 @@ class BudgetSettings(Spec):
 
     Args:
         parameters, bytes, milliseconds: the limit; one of them.
-        effort: each axis is measured at `effort` + 1 sizes, and 2 · `effort` plans are tried.
+        effort: each axis is measured at `effort` + 1 sizes, and 3 · `effort` plans are tried.
         tokens: of the calibration text that a trial is fitted on; the last few plans are fitted on all of it.
     """
 

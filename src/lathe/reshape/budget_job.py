@@ -51,7 +51,7 @@ def spend(job: Job, say: Callable[[str], None] = log.info) -> tuple[Job, BudgetP
         request.budget,
         tokenizer=source.tokenizer,
         fixed=request.changes,
-        how={"method": request.method},
+        how=request.how,
         seed=request.seed,
         own_form=request.own_form,
         reserved=frozenset(settings_ids(source.generation) | settings_ids(source.config)),

@@ -103,7 +103,7 @@ class Search:
         return found is not None and found <= self.limit
 
     def best(self) -> list[Place]:
-        """Places within the limit, those with the lowest guess first; every one that the search ended at or passed."""
+        """Places within the limit, those with the lowest guess first: where the search passed, and around its ends."""
         passed: set[Place] = set()
         for start in self._starts():
             place = start
@@ -114,6 +114,7 @@ class Search:
                     break
                 place = better
                 passed.add(place)
+            passed.update(self._moves(place))
         return sorted(passed, key=self._rank)
 
     def _rank(self, place: Place) -> tuple[float, float, Place]:
