@@ -150,8 +150,9 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     options = _alternatives(hint)
     for option in options:
         if typing.get_origin(option) is tuple:
-            if isinstance(value, (list, tuple)) and all(type(each) is int for each in value):
-                return tuple(value)
+            held = _tuple_of(value, option)
+            if held is not None:
+                return held
         elif option is float:
             if type(value) in (int, float) and _is_finite(value):
                 return float(value)
@@ -162,8 +163,24 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     parse = getattr(_spec_in(hint), "parse", None)
     if parse is not None and isinstance(value, str):
         return parse(value)
-    wanted = " or ".join(_EXPECTED.get(each, getattr(each, "__name__", str(each))) for each in options)
-    raise RequestError(f"{name}={value!r}: expected {wanted}")
+    raise RequestError(f"{name}={value!r}: expected {' or '.join(_expected(each) for each in options)}")
+
+
+def _tuple_of(value: Any, hint: Any) -> tuple[Any, ...] | None:
+    """A list as the tuple that `hint` asks for, of numbers, words or further lists; None where it is none."""
+    inner = typing.get_args(hint)[0]
+    if not isinstance(value, (list, tuple)):
+        return None
+    if typing.get_origin(inner) is not tuple:
+        return tuple(value) if all(type(each) is inner for each in value) else None
+    parts = [_tuple_of(each, inner) for each in value]
+    return None if None in parts else tuple(parts)
+
+
+def _expected(hint: Any) -> str:
+    if typing.get_origin(hint) is tuple:
+        return f"a list, each of it {_expected(typing.get_args(hint)[0])}"
+    return _EXPECTED.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def _is_finite(value: float) -> bool:

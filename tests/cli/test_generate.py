@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import lathe
 from lathe.text import train_tokenizer
@@ -34,7 +36,7 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny T5 with a tokenizer, saved, whose stored settings ask for beams."""
     tokenizer = train_tokenizer(CORPUS, 320, convention="t5", sentinels=4)
     sizes = {"vocab_size": 320, "n_layers": 1, "d_model": 16, "d_ff": 16, "n_heads": 2, "d_head": 8}
-    stored = {"num_beams": 4, "max_new_tokens": 5}
+    stored = {"num_beams": 4, "max_new_tokens": 5, "guidance_scale": 2.0}
     model = lathe.Model(lathe.preset("t5-small").with_(sizes), seed=1, tokenizer=tokenizer, generation=stored)
     path = tmp_path_factory.mktemp("models") / "t5"
     model.save(path)
@@ -74,11 +76,66 @@ def test_prompts_come_from_a_file_too(cli, gpt2: Path, tmp_path: Path) -> None:
     assert [each["prompt"] for each in answer["texts"]] == ["to be", "fox"]
 
 
+def test_any_setting_is_a_word_and_the_best_beams_come_with_their_scores(cli, gpt2: Path) -> None:
+    words = ("generate", gpt2, "num_beams=3", "num_return_sequences=2", "--prompt", "to be", "max_new_tokens=4")
+    answer = json.loads(cli(*words, "--json").out)
+    best, second = answer["texts"]
+    assert best["score"] > second["score"]
+    assert len(best["log_probs"]) == best["tokens"]
+    ran = cli(*words)
+    assert ran.out.startswith("to be\n  1  ")
+    assert f"{best['score']:.3f}" in ran.out.splitlines()[1]
+    banned = [[each] for each in best["ids"]]
+    words = (*words, f"bad_words_ids={json.dumps(banned)}", "--json")
+    assert not set(json.loads(cli(*words).out)["texts"][0]["ids"]) & set(best["ids"])
+
+
+def test_a_stop_string_ends_the_text_and_a_stream_prints_the_same(cli, gpt2: Path) -> None:
+    words = ("generate", gpt2, "--prompt", "to be", "eos_token_id=none", "max_new_tokens=8")
+    whole = cli(*words).out
+    stop = json.dumps([whole[len("to be") :].strip()[1:3]])
+    stopped = cli(*words, f"stop_strings={stop}")
+    assert stopped.code == 0
+    assert whole.startswith(stopped.out.rstrip("\n"))
+    assert len(stopped.out) < len(whole)
+    assert cli(*words, "--stream").out == whole
+
+
+def stdin(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+
+
+def test_prompts_come_from_stdin_and_have_to_be_text(cli, gpt2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stdin(monkeypatch, b"to be\n\nfox\n")
+    answer = json.loads(cli("generate", gpt2, "--file", "-", "--json").out)
+    assert [each["prompt"] for each in answer["texts"]] == ["to be", "fox"]
+    stdin(monkeypatch, b"to be\nfo\xff\n")
+    ran = cli("generate", gpt2, "--file", "-")
+    assert ran.code == 2
+    assert ran.err == "lathe: stdin is not UTF-8: line 2 holds the byte 0xff at 3; convert it with iconv -t UTF-8\n"
+    ran = cli("generate", gpt2, "--prompt", "fo\udcff")
+    assert ran.code == 2
+    assert "is not UTF-8" in ran.err
+
+
+def test_a_weight_that_is_no_number_is_named(cli, gpt2: Path, tmp_path: Path) -> None:
+    model = lathe.load(gpt2)
+    with torch.no_grad():
+        model.get_parameter("decoder.attention.0.q.weight")[0, 0] = torch.nan
+    model.save(tmp_path / "damaged")
+    ran = cli("generate", tmp_path / "damaged", "--prompt", "to be")
+    assert ran.code == 2
+    assert ran.out == ""
+    assert ran.err.count("\n") == 1
+    assert "the weight decoder.attention.0.q.weight holds 1 values" in ran.err
+
+
 def test_an_encoder_decoder_prints_what_it_makes_of_the_prompt(cli, t5: Path) -> None:
-    """And says what of the stored settings is left out."""
+    """With the beams that its stored settings ask for, and says what of them is left out."""
     one = cli("generate", t5, "--prompt", "to be", "--special-tokens")
     assert one.code == 0
-    assert "asks for num_beams=4, which Lathe does not do" in one.err
+    assert "asks for guidance_scale=2.0, which Lathe does not do" in one.err
+    assert one.out == cli("generate", t5, "num_beams=4", "--prompt", "to be", "--special-tokens").out
     assert "to be\n→" not in one.out
     two = cli("generate", t5, "--prompt", "to be", "--prompt", "fox")
     assert "to be\n→" in two.out
@@ -95,6 +152,17 @@ def test_an_encoder_decoder_prints_what_it_makes_of_the_prompt(cli, t5: Path) ->
         (["--prompt", "a", "--temperature", "0"], "temperature=0.0: expected more than 0"),
         (["--prompt", "a", "--temperature", "nan"], "temperature=nan"),
         (["--prompt", "a", "--top-k", "0"], "top_k=0"),
+        (["--prompt", "a", "top_k=0"], "top_k=0"),
+        (["--prompt", "a", "temperature=0"], "temperature=0.0: expected more than 0"),
+        (["--prompt", "a", "top_p=0"], "top_p=0.0"),
+        (["--prompt", "a", "top_p=0.5", "--top-p", "0.5"], "top_p is set twice"),
+        (["--prompt", "a", "num_beam=2"], "unknown setting 'num_beam'"),
+        (["--prompt", "a", "num_beams=2", "num_return_sequences=3"], "expected at most num_beams=2"),
+        (["--prompt", "a", "length_penalty=2"], "there are no beams"),
+        (["--prompt", "a", "stop_strings=5"], "stop_strings=5: expected a list, each of it a word"),
+        (["--prompt", "a", "bad_words_ids=[[1,300]]"], "bad_words_ids=300: expected an id below"),
+        (["--prompt", "a", "--stream", "--json"], "--stream prints one prompt's text"),
+        (["--prompt", "to be " * 90], "64 positions"),
         (["--prompt", "a", "--top-p", "1.5"], "top_p=1.5"),
         (["--prompt", "a", "--greedy", "--top-p", "0.5"], "top_p=0.5: nothing is sampled"),
         (["--prompt", "a", "--num-return-sequences", "2"], "num_return_sequences=2: without sampling"),

@@ -10,7 +10,8 @@ from torch import Tensor
 
 import lathe
 from lathe.architecture import Architecture
-from lathe.errors import LatheError
+from lathe.errors import LatheError, RequestError
+from lathe.generate.memory import decoding_bytes
 from lathe.generate.prompt import Prompt
 from lathe.generate.rows import Rows
 from lathe.model.transformer import Transformer
@@ -98,12 +99,62 @@ def test_weights_that_give_no_numbers_are_an_error_and_no_text() -> None:
     model = lathe.Model(lathe.preset("gpt2").with_(d_model=8, d_ff=8, n_layers=1, n_heads=2, d_head=4, vocab_size=300))
     with torch.no_grad():
         model.get_parameter("decoder.norm.bias")[0] = torch.nan
-    with pytest.raises(LatheError, match="logits are not all numbers"):
+    with pytest.raises(RequestError, match=r"the weight decoder\.norm\.bias holds 1 values of 8 that are NaN"):
+        model.generate(torch.tensor([[5, 6]]))
+    with pytest.raises(RequestError, match=r"the weight decoder\.norm\.bias"):
+        model.generate(torch.tensor([[5, 6]]), num_beams=2)
+
+
+def test_a_type_too_narrow_for_the_logits_is_named_as_such() -> None:
+    model = lathe.Model(lathe.preset("gpt2").with_(d_model=8, d_ff=8, n_layers=1, n_heads=2, d_head=4, vocab_size=300))
+    with torch.no_grad():
+        model.get_parameter("decoder.norm.weight").fill_(3e38)
+    with pytest.raises(LatheError, match=r"torch.float32 is too narrow"):
         model.generate(torch.tensor([[5, 6]]))
 
 
-def test_a_cache_that_no_memory_holds_is_one_line() -> None:
+def test_a_batch_that_no_memory_holds_is_refused_before_it_is_taken() -> None:
     wide = {"d_model": 8, "d_ff": 8, "n_layers": 1, "n_heads": 16, "n_kv_heads": 16, "d_head": 4096, "vocab_size": 99}
     model = lathe.Model(lathe.preset("llama-2-7b").with_(wide))
-    with pytest.raises(LatheError, match=r"1 rows of 1,073,741,825 tokens does not fit into memory"):
+    with pytest.raises(
+        RequestError, match=r"1 rows of 1,073,741,825 tokens does not fit into memory: it needs 512 TiB"
+    ):
         model.generate(torch.tensor([[5, 6]]), max_new_tokens=2**30)
+    with pytest.raises(RequestError, match=r"40 rows of 16,777,217 tokens does not fit .* fewer beams"):
+        model.generate(torch.tensor([[5, 6]] * 10), max_new_tokens=2**24, num_beams=4)
+
+
+@pytest.mark.parametrize("preset", ["gpt2", "t5-small"])
+def test_the_bytes_that_are_said_are_those_that_are_held(preset: str) -> None:
+    small = {"d_model": 8, "d_ff": 8, "n_layers": 2, "n_heads": 2, "d_head": 4, "vocab_size": 99}
+    model = lathe.Model(lathe.preset(preset).with_({**small, "tokens.eos": [], "tokens.bos": None}))
+    memory = None if model.encoder is None else model.encode(torch.full((2, 5), 7))
+    rows = Rows(model, ragged([torch.tensor([5, 6, 7]), torch.tensor([5])], left=True), 4, memory, copies=3)
+    logits_BV = rows.prefill()
+    rows.spread(3)
+    source = 0 if memory is None else 5
+    logit_bytes = 3 * logits_BV.numel() * 4
+    assert rows.cache.nbytes + logit_bytes == decoding_bytes(model.architecture, 6, 6, 2, source, 4)
+
+
+@given(architectures(shapes=("decoder", "both"), language=True, max_layers=2))
+@settings(max_examples=5)
+def test_beams_that_change_places_are_copies_which_share_the_encoders_output(architecture: Architecture) -> None:
+    model = random_model(architecture.with_({"head.classifier": None, "head.pooler": None}))
+    prompt = ragged([ids(architecture, 3, 1), ids(architecture, 2, 2)], left=True)
+    memory = None
+    if architecture.encoder is not None:
+        source = ragged([ids(architecture, 4, 3), ids(architecture, 2, 4)], left=False)
+        memory = model.encode(source.ids_BT, source.mask_BT)
+    places, new = torch.tensor([1, 1, 0, 3, 5, 4]), torch.tensor([5, 6, 4, 6, 5, 4])
+    straight, turned = Rows(model, prompt, 3, memory), Rows(model, prompt, 3, memory)
+    straight.prefill(), turned.prefill()
+    straight.reorder(torch.tensor([0, 0, 0, 1, 1, 1]))
+    turned.spread(3)
+    torch.testing.assert_close(turned.step(new), straight.step(new))
+    straight.reorder(places)
+    turned.swap(places)
+    torch.testing.assert_close(turned.step(new[places]), straight.step(new[places]))
+    for layer in turned.cache.memory:
+        assert layer.k is not None
+        assert len(layer.k) == 2

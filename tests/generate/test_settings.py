@@ -45,7 +45,7 @@ def test_none_turns_a_setting_off() -> None:
 def test_greedy_choice_drops_the_stored_sampling_and_refuses_the_callers() -> None:
     settings = resolve({"do_sample": False}, {"do_sample": True, "temperature": 0.5, "top_p": 0.3})
     assert (settings.do_sample, settings.temperature, settings.top_p) == (False, 1.0, 1.0)
-    for name, value in (("temperature", 0.5), ("top_k", 4), ("top_p", 0.5)):
+    for name, value in (("temperature", 0.5), ("top_k", 4), ("top_p", 0.5), ("min_p", 0.1), ("typical_p", 0.5)):
         with pytest.raises(RequestError, match=f"{name}={value}: nothing is sampled; pass do_sample=True"):
             resolve({name: value})
 
@@ -65,12 +65,30 @@ def test_settings_of_transformers_that_do_nothing_are_let_through() -> None:
 
 
 def test_stored_settings_that_lathe_does_not_do_are_refused_by_name_and_can_be_turned_off() -> None:
-    stored = {"num_beams": 4, "no_repeat_ngram_size": 3, "early_stopping": True}
+    stored = {"penalty_alpha": 0.6, "guidance_scale": 3, "early_stopping": True}
     with pytest.raises(RequestError) as error:
         resolve({}, stored)
-    assert "ask for num_beams=4, no_repeat_ngram_size=3" in str(error.value)
-    assert "pass num_beams=1, no_repeat_ngram_size=0" in str(error.value)
-    assert not resolve({"num_beams": 1, "no_repeat_ngram_size": 0}, stored).do_sample
+    assert "ask for penalty_alpha=0.6, guidance_scale=3" in str(error.value)
+    assert "pass penalty_alpha=None, guidance_scale=1.0" in str(error.value)
+    assert not resolve({"penalty_alpha": None, "guidance_scale": 1.0}, stored).do_sample
+
+
+def test_stored_beams_are_searched_with_and_turned_off_with_all_that_belongs_to_them() -> None:
+    stored = {"num_beams": 4, "length_penalty": 2.0, "early_stopping": True, "no_repeat_ngram_size": 3}
+    settings = resolve({}, stored)
+    assert (settings.num_beams, settings.length_penalty, settings.early_stopping) == (4, 2.0, True)
+    settings = resolve({"num_beams": 1}, stored)
+    assert (settings.num_beams, settings.length_penalty, settings.early_stopping) == (1, 1.0, False)
+    assert settings.no_repeat_ngram_size == 3
+    assert resolve({"num_beams": None}, stored).num_beams == 1
+    for name, value in (("length_penalty", 2.0), ("early_stopping", True), ("num_beam_groups", 2)):
+        with pytest.raises(RequestError, match=f"{name}={value}: there are no beams; pass num_beams or leave it out"):
+            resolve({name: value})
+
+
+def test_a_single_token_or_text_stands_for_a_list_of_one() -> None:
+    settings = resolve({"suppress_tokens": 7, "stop_strings": "end", "bad_words_ids": [[3, 4]]})
+    assert (settings.suppress_tokens, settings.stop_strings, settings.bad_words_ids) == ((7,), ("end",), ((3, 4),))
 
 
 def test_stored_settings_that_nobody_knows_are_passed_over_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
@@ -84,9 +102,34 @@ def test_stored_settings_that_nobody_knows_are_passed_over_with_a_warning(caplog
     [
         ({"temprature": 0.5}, "unknown setting 'temprature'"),
         ({"temprature": 0.5}, "did you mean 'temperature'?"),
-        ({"num_beams": 4}, "num_beams=4: not supported"),
+        ({"penalty_alpha": 0.4}, "penalty_alpha=0.4: not supported"),
+        ({"num_beams": 0}, "num_beams=0: expected a whole number from 1"),
+        ({"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences=3: expected at most num_beams=2"),
+        ({"num_beams": 4, "early_stopping": "always"}, "early_stopping='always': expected true, false or never"),
+        ({"num_beams": 4, "length_penalty": float("nan")}, "length_penalty=nan: expected a number"),
+        ({"num_beams": 4, "num_beam_groups": 3, "diversity_penalty": 1.0}, "expected a divisor of num_beams=4"),
+        ({"num_beams": 4, "num_beam_groups": 2}, "groups need a penalty above 0"),
+        ({"num_beams": 4, "diversity_penalty": 1.0}, "a penalty needs groups"),
+        (
+            {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0, "do_sample": True},
+            "groups of beams do not sample",
+        ),
+        ({"do_sample": True, "min_p": 1.5}, "min_p=1.5: expected a number from 0 to 1"),
+        ({"do_sample": True, "min_p": -0.1}, "min_p=-0.1"),
+        ({"do_sample": True, "typical_p": 0.0}, "typical_p=0.0: expected more than 0 and at most 1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0: expected more than 0; 1 is no penalty"),
+        ({"encoder_repetition_penalty": -1}, "encoder_repetition_penalty=-1.0"),
+        ({"frequency_penalty": float("inf")}, "frequency_penalty=inf: expected a number"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size=-1"),
+        ({"bad_words_ids": [5]}, "bad_words_ids=[5]: expected a list, each of it a list, each of it a whole number"),
+        ({"bad_words_ids": [[]]}, "bad_words_ids holds an empty list"),
+        ({"bad_words_ids": [[3, 50257]]}, "bad_words_ids=50257: expected an id below vocab_size=50,257"),
+        ({"suppress_tokens": [-1]}, "suppress_tokens=-1: expected an id below"),
+        ({"begin_suppress_tokens": [60000]}, "begin_suppress_tokens=60000"),
+        ({"forced_eos_token_id": 4, "suppress_tokens": [4]}, "forced_eos_token_id=4 is among suppress_tokens"),
+        ({"stop_strings": [""]}, "stop_strings holds an empty text"),
+        ({"stop_strings": [5]}, "stop_strings=[5]: expected a list, each of it a word"),
         ({"use_cache": False}, "use_cache=False: not supported"),
-        ({"stop_strings": ["."]}, "stop_strings"),
         ({"do_sample": True, "temperature": 0.0}, "temperature=0.0: expected more than 0; for the likeliest"),
         ({"do_sample": True, "temperature": -1.0}, "temperature=-1.0"),
         ({"do_sample": True, "temperature": float("nan")}, "temperature=nan: expected a number"),

@@ -9,7 +9,7 @@ import torch
 
 import lathe
 from lathe.errors import RequestError
-from lathe.generate.text import complete
+from lathe.generate.text import complete, stream
 from lathe.text import Tokenizer, train_tokenizer
 
 CORPUS = [
@@ -44,7 +44,9 @@ def test_a_batch_of_prompts_is_each_prompt_alone(made: tuple[lathe.Model, Tokeni
     together = complete(model, tokenizer, PROMPTS, max_new_tokens=8)
     assert [each.prompt for each in together] == PROMPTS
     for prompt, found in zip(PROMPTS, together):
-        assert complete(model, tokenizer, [prompt], max_new_tokens=8) == [found]
+        (alone,) = complete(model, tokenizer, [prompt], max_new_tokens=8)
+        assert (alone.text, alone.ids, alone.ended) == (found.text, found.ids, found.ended)
+        assert alone.log_probs == pytest.approx(found.log_probs, abs=1e-4)
         assert len(found.ids) == 8 or found.ended
 
 
@@ -87,6 +89,51 @@ def test_several_samples_of_a_prompt_lie_side_by_side(made: tuple[lathe.Model, T
     found = complete(model, tokenizer, PROMPTS[:2], do_sample=True, num_return_sequences=2, seed=0, max_new_tokens=6)
     assert [each.prompt for each in found] == [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
     assert found[0].ids != found[1].ids
+
+
+def test_the_pieces_of_a_stream_are_the_text(made: tuple[lathe.Model, Tokenizer]) -> None:
+    model, tokenizer = made
+    for settings in ({"max_new_tokens": 12}, {"max_new_tokens": 12, "do_sample": True, "seed": 4, "top_k": None}):
+        (whole,) = complete(model, tokenizer, PROMPTS[:1], **settings)
+        pieces = list(stream(model, tokenizer, PROMPTS[0], **settings))
+        assert "".join(pieces) == whole.text
+    with pytest.raises(RequestError, match="num_beams=2, num_return_sequences=1: a text can be streamed where there"):
+        next(stream(model, tokenizer, PROMPTS[0], num_beams=2))
+
+
+def test_gradients_are_the_callers_own_between_two_pieces() -> None:
+    model, tokenizer = small("gpt2")
+    pieces = stream(model, tokenizer, PROMPTS[0], max_new_tokens=3)
+    next(pieces)
+    assert torch.is_grad_enabled()
+
+
+def test_the_best_beams_come_with_their_scores(made: tuple[lathe.Model, Tokenizer]) -> None:
+    model, tokenizer = made
+    found = complete(model, tokenizer, PROMPTS[:2], num_beams=3, num_return_sequences=2, max_new_tokens=5)
+    assert [each.prompt for each in found] == [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
+    for best, second in (found[:2], found[2:]):
+        assert best.score >= second.score
+        assert best.ids != second.ids
+        assert len(best.log_probs) == len(best.ids)
+        assert best.score == pytest.approx(sum(best.log_probs) / len(best.ids), rel=1e-4)
+
+
+def test_a_text_ends_with_the_token_that_completes_a_stop_string(made: tuple[lathe.Model, Tokenizer]) -> None:
+    """Wherever it begins; with beams too."""
+    model, tokenizer = made
+    for settings in ({}, {"num_beams": 2}):
+        free = complete(model, tokenizer, PROMPTS, max_new_tokens=10, eos_token_id=None, **settings)
+        text = next(each.text for each in free if len(each.text.strip()) > 6)
+        stop = text.strip()[2:4]
+        for each in complete(
+            model, tokenizer, PROMPTS, max_new_tokens=10, eos_token_id=None, stop_strings=[stop], **settings
+        ):
+            if stop in each.text:
+                assert each.ended
+                assert stop not in tokenizer.decode(each.ids[:-1], False, errors="replace")
+            else:
+                assert len(each.ids) == 10
 
 
 def test_prompts_without_tokens_are_refused() -> None:

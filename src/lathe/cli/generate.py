@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +14,7 @@ import typer
 from lathe.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from lathe.api import Model
     from lathe.generate.text import Completion
@@ -20,8 +22,18 @@ if TYPE_CHECKING:
 
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's directory, or an adapter's, or a hub id.")],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[FIELD=VALUE]...",
+            help="Any setting of generation: num_beams=4, repetition_penalty=1.2, stop_strings='[\".\"]', "
+            "bad_words_ids=[[5,6],[7]] …",
+        ),
+    ] = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="What to start from; may be repeated.")] = None,
-    file: Annotated[Path | None, typer.Option("--file", help="Take prompts from a UTF-8 file, one a line.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", help="Take prompts from a UTF-8 file, one a line; - is stdin.")
+    ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="How many tokens to add at most.")] = None,
     sample: Annotated[
         bool | None, typer.Option("--sample/--greedy", help="Draw tokens, or take the likeliest; else as stored.")
@@ -29,30 +41,58 @@ def command(
     temperature: Annotated[float | None, typer.Option(help="Below 1 safer, above 1 wilder; samples.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw from this many likeliest tokens; samples.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest with this much chance; samples.")] = None,
-    num_return_sequences: Annotated[int | None, typer.Option(help="How many samples of each prompt.")] = None,
+    num_return_sequences: Annotated[int | None, typer.Option(help="How many samples, or best beams, a prompt.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same samples.")] = None,
     special_tokens: Annotated[bool, typer.Option("--special-tokens", help="Keep </s>, sentinels and so on.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Print one prompt's text while it is written.")] = False,
     adapter: Annotated[Path | None, typer.Option(help="Put this adapter on the model: its directory.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the CPU unless given.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, log-probabilities included.")] = False,
 ) -> None:
     """Write text with a model that has a tokenizer beside it."""
-    asked = {
+    options = {
         "max_new_tokens": max_new_tokens,
+        "do_sample": sample,
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
         "num_return_sequences": num_return_sequences,
+        "seed": seed,
     }
-    settings: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
-    if sample is None and settings.keys() & {"temperature", "top_k", "top_p"}:
-        sample = True
-    if sample is not None:
-        settings["do_sample"] = sample
-    prompts = [*(prompt or []), *(_lines(file) if file is not None else [])]
+    settings = _settings(words or [], options)
+    prompts = [*(_utf8(each) for each in prompt or []), *(_lines(file) if file is not None else [])]
     if not prompts:
         raise RequestError("there is nothing to start from: give --prompt TEXT, or --file with prompts, one a line")
-    _run(model, adapter, prompts, settings, seed, special_tokens, device, as_json)
+    if stream and (as_json or len(prompts) > 1):
+        raise RequestError("--stream prints one prompt's text as it is written; leave out --json and give one prompt")
+    _run(model, adapter, prompts, settings, special_tokens, stream, device, as_json)
+
+
+def _settings(words: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of all words and options; a setting of sampling samples, unless it is said otherwise."""
+    from lathe.cli.settings import parse_settings
+    from lathe.generate.settings import SAMPLING
+
+    plain: list[str] = []
+    lists: dict[str, Any] = {}
+    for word in words:
+        field, _, value = word.partition("=")
+        try:
+            # What parse_settings reads as a list of words; of numbers and lists only where it is JSON.
+            lists[field] = json.loads(value) if value.startswith("[") and field not in lists else None
+        except ValueError:
+            lists[field] = None
+        if lists[field] is None:
+            del lists[field]
+            plain.append(word)
+    settings: dict[str, Any] = dict(parse_settings(plain))
+    for name, value in [*lists.items(), *((name, value) for name, value in options.items() if value is not None)]:
+        if name in settings:
+            raise RequestError(f"{name} is set twice; set it once")
+        settings[name] = value
+    if "do_sample" not in settings and any(settings.get(name) is not None for name in SAMPLING):
+        settings["do_sample"] = True
+    return settings
 
 
 def _run(
@@ -60,8 +100,8 @@ def _run(
     adapter: Path | None,
     prompts: list[str],
     settings: dict[str, Any],
-    seed: int | None,
     special_tokens: bool,
+    stream: bool,
     device: str | None,
     as_json: bool,
 ) -> None:
@@ -74,11 +114,14 @@ def _run(
     model = _load(name, adapter, _device(device))
     if model.tokenizer is None:
         raise RequestError(f"{name} has no tokenizer; put its tokenizer's files beside its weights")
-    off = turned_off(model.generation)
+    off = {key: value for key, value in turned_off(model.generation).items() if key not in settings}
     if off:
         wanted = ", ".join(f"{key}={model.generation[key]}" for key in off)
         say(f"the model asks for {wanted}, which Lathe does not do; going on without")
-    chosen = secrets.randbits(32) if seed is None else seed
+    settings = {"seed": secrets.randbits(32), **off, **settings}
+    if stream:
+        _stream(model, prompts[0], settings, special_tokens)
+        return
     started = time.perf_counter()
     found = complete(
         model,
@@ -86,17 +129,62 @@ def _run(
         prompts,
         stored=model.generation,
         keep_special_tokens=special_tokens,
-        seed=chosen,
-        **off,
         **settings,
     )
     seconds = time.perf_counter() - started
     n_tokens = sum(len(each.ids) for each in found)
     if as_json:
-        emit_json(_answer(name, {**model.generation, **settings}, chosen, found))
+        emit_json(_answer(name, {**model.generation, **settings}, found))
         return
-    _show(found, model.encoder is None)
+    _show(found, len(found) // len(prompts), model.encoder is None)
     say(f"{n_tokens:,} tokens in {seconds:.1f} s, {n_tokens / seconds:,.0f} a second")
+
+
+def _answer(name: str, settings: Mapping[str, Any], found: list[Completion]) -> dict[str, Any]:
+    return {
+        "model": name,
+        "sampled": bool(settings.get("do_sample", False)),
+        "seed": settings["seed"],
+        "texts": [{**asdict(each), "tokens": len(each.ids)} for each in found],
+    }
+
+
+def _show(found: list[Completion], each: int, continues: bool) -> None:
+    """Print each text; a decoder's follows its prompt, an encoder-decoder's stands under it if there are several.
+
+    Several texts of one prompt stand under it, numbered, each after its score.
+    """
+    from lathe.cli.output import answers
+
+    console = answers()
+    for number, text in enumerate(found):
+        if number and number % each == 0:
+            console.print()
+        if each > 1:
+            if number % each == 0:
+                console.print(text.prompt, soft_wrap=True)
+            start = f"{number % each + 1:>3}  {text.score:>8.3f}  "
+            shown = text.text.strip().replace("\n", "\n" + " " * len(start))
+            console.print(f"{start}{shown}", soft_wrap=True)
+            continue
+        if not continues and len(found) > 1:
+            console.print(f"{text.prompt}\n→ ", end="", soft_wrap=True)
+        console.print(f"{text.prompt}{text.text}" if continues else text.text, soft_wrap=True)
+
+
+def _stream(model: Model, prompt: str, settings: Mapping[str, Any], special_tokens: bool) -> None:
+    from lathe.generate.text import stream
+
+    assert model.tokenizer is not None
+    pieces = stream(
+        model, model.tokenizer, prompt, stored=model.generation, keep_special_tokens=special_tokens, **settings
+    )
+    if model.encoder is None:
+        sys.stdout.write(prompt)
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
 
 
 def _load(name: str, adapter: Path | None, device: Any) -> Model:
@@ -117,28 +205,6 @@ def _load(name: str, adapter: Path | None, device: Any) -> Model:
     return model
 
 
-def _answer(name: str, settings: Mapping[str, Any], seed: int, found: list[Completion]) -> dict[str, Any]:
-    return {
-        "model": name,
-        "sampled": bool(settings.get("do_sample", False)),
-        "seed": seed,
-        "texts": [{**asdict(each), "tokens": len(each.ids)} for each in found],
-    }
-
-
-def _show(found: list[Completion], continues: bool) -> None:
-    """Print each text; a decoder's follows its prompt, an encoder-decoder's stands under it if there are several."""
-    from lathe.cli.output import answers
-
-    console = answers()
-    for number, each in enumerate(found):
-        if number:
-            console.print()
-        if not continues and len(found) > 1:
-            console.print(f"{each.prompt}\n→ ", end="", soft_wrap=True)
-        console.print(f"{each.prompt}{each.text}" if continues else each.text, soft_wrap=True)
-
-
 def _device(name: str | None) -> Any:
     import torch
 
@@ -153,4 +219,28 @@ def _device(name: str | None) -> Any:
 def _lines(file: Path) -> list[str]:
     from lathe.text.corpus import read_lines
 
-    return [line.rstrip("\r\n") for line in read_lines(file)]
+    lines = _stdin_lines() if str(file) == "-" else read_lines(file)
+    return [line.rstrip("\r\n") for line in lines]
+
+
+def _stdin_lines() -> list[str]:
+    """What stands on stdin, without the lines that hold nothing visible."""
+    found = []
+    for number, line in enumerate(sys.stdin.buffer.read().splitlines(), start=1):
+        try:
+            found.append(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise RequestError(
+                f"stdin is not UTF-8: line {number} holds the byte 0x{line[error.start]:02x} at {error.start + 1}; "
+                "convert it with iconv -t UTF-8"
+            ) from None
+    return [line for line in found if line.strip()]
+
+
+def _utf8(prompt: str) -> str:
+    """The prompt, where it is text: a byte that is no UTF-8 reaches Python as half a character."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RequestError(f"--prompt {prompt!r} is not UTF-8; convert it, or give it in a file") from None
+    return prompt

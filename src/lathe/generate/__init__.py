@@ -1,11 +1,12 @@
-"""Text out of a model: greedy and sampled, through the static cache.
+"""Text out of a model: greedy, sampled or searched for with beams, through the static cache.
 
 `settings` says what may be asked for, `prompt` makes it whole, `rows` is a batch in flight (a model and its
-cache), `filters` changes the next token's logits, `draw` chooses from them, `decode` is the loop, and `text`
-goes from prompts to text.
+cache), `history` and `filters` change the next token's logits, `draw` chooses from them, `single` and `beams` are
+the loops, `stops` ends a row at a text, `memory` asks whether a batch fits, `decode` puts them together, and
+`text` goes from prompts to text.
 """
 
-from lathe.generate.decode import generate
+from lathe.generate.decode import Decoded, decode, generate, steps
 from lathe.generate.settings import Settings
 
-__all__ = ["Settings", "generate"]
+__all__ = ["Decoded", "Settings", "decode", "generate", "steps"]

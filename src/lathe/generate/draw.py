@@ -16,13 +16,15 @@ from lathe.generate.settings import Settings
 _MASK = 2**64 - 1
 
 
-def numbers(settings: Settings, n_prompts: int, max_new: int, device: torch.device | str = "cpu") -> Tensor:
-    """The numbers from [0, 1) that the rows draw with, rows × `max_new`, float64 where the device has it.
+def numbers(
+    settings: Settings, n_prompts: int, count: int, device: torch.device | str = "cpu", *, copies: int = 1
+) -> Tensor:
+    """The numbers from [0, 1) that the rows draw with, rows × `count`, float64 where the device has it.
 
-    Row i of a single seed has a stream of its own, and so has each prompt's copy j where every prompt has a seed.
-    A prompt alone with a seed draws what it draws in a batch with that seed in its place.
+    Row i of a single seed has a stream of its own, and so has each of a prompt's `copies` where every prompt has a
+    seed. A prompt alone with a seed draws what it draws in a batch with that seed in its place.
     """
-    copies, seed = settings.num_return_sequences, settings.seed
+    seed = settings.seed
     if seed is None:
         seed = int(torch.randint(2**63 - 1, ()))
     if isinstance(seed, int):
@@ -32,7 +34,7 @@ def numbers(settings: Settings, n_prompts: int, max_new: int, device: torch.devi
     else:
         raise RequestError(f"{len(seed)} seeds for {n_prompts} prompts: expected one for each, or one number for all")
     wide = torch.float32 if torch.device(device).type == "mps" else torch.float64
-    return torch.stack([_stream(*stream, max_new) for stream in streams]).to(wide).to(device)
+    return torch.stack([_stream(*stream, count) for stream in streams]).to(wide).to(device)
 
 
 def draw(logits_BV: Tensor, u_B: Tensor) -> Tensor:
@@ -42,6 +44,24 @@ def draw(logits_BV: Tensor, u_B: Tensor) -> Tensor:
     # Rounding may lift u times the total to the total itself, past the last token that has any chance.
     at_B1 = torch.minimum(u_B[:, None] * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
     return torch.searchsorted(sums_BV, at_B1, right=True)[:, 0]
+
+
+def draw_several(scores_BV: Tensor, u_BN: Tensor) -> Tensor:
+    """N different tokens a row, B × N, drawn one after the other from the softmax of what is left.
+
+    Where fewer than N have any chance, they come first and others, which have none, fill up.
+    """
+    left_BV = scores_BV.to(u_BN.dtype).clone()
+    taken_BV = torch.zeros_like(left_BV, dtype=torch.bool)
+    found = []
+    for place in range(u_BN.shape[1]):
+        # A row where nothing with a chance is left draws among all that it has not taken.
+        exhausted_B1 = left_BV.amax(dim=-1, keepdim=True).isneginf()
+        from_BV = torch.where(exhausted_B1, torch.zeros_like(left_BV).masked_fill(taken_BV, -torch.inf), left_BV)
+        found.append(draw(from_BV, u_BN[:, place]))
+        taken_BV = taken_BV.scatter(1, found[-1][:, None], True)
+        left_BV = left_BV.masked_fill(taken_BV, -torch.inf)
+    return torch.stack(found, dim=1)
 
 
 def _stream(seed: int, row: int, n: int) -> Tensor:

@@ -1,8 +1,8 @@
 """The rows of a batch in flight: a model, its cache and the encoder's output, as tokens in and logits out.
 
-Everything that decodes works through these three calls: `prefill` reads the prompt, `step` one token a row,
-`reorder` copies and drops rows (several samples of a prompt, beams). With the cache a step reads one token a
-row and not all that came before.
+Everything that decodes works through these calls: `prefill` reads the prompt, `step` one token a row, `spread`
+makes several rows of each prompt, `swap` lets beams change places, `reorder` copies and drops rows. With the cache
+a step reads one token a row and not all that came before.
 
 Shape suffixes: B batch, T positions, S encoder positions, V vocabulary.
 """
@@ -14,7 +14,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lathe.errors import LatheError
+from lathe.errors import LatheError, RequestError
+from lathe.generate.memory import check_room, decoding_bytes
 from lathe.generate.prompt import Prompt
 from lathe.model.cache import Cache
 from lathe.model.output import Output
@@ -30,16 +31,23 @@ class Rows:
         prompt: what each row starts with.
         max_new: how many tokens are added at most.
         memory: the encoder's output, where there is one.
+        copies: how many rows `spread` will make of each.
 
     Raises:
+        RequestError: more rows or tokens than the memory holds, before any of it is taken.
         LatheError: no memory for the cache.
     """
 
-    def __init__(self, model: Transformer, prompt: Prompt, max_new: int, memory: Memory | None = None) -> None:
+    def __init__(
+        self, model: Transformer, prompt: Prompt, max_new: int, memory: Memory | None = None, copies: int = 1
+    ) -> None:
         self.model, self.memory = model, memory
         self.prompt = prompt.padded_left()
         batch, columns = self.prompt.ids_BT.shape
         slots = columns + max_new - 1
+        source = 0 if memory is None else memory.hidden_BSD.shape[1]
+        needed = decoding_bytes(model.architecture, batch * copies, slots, batch, source, model.dtype.itemsize)
+        check_room(needed, batch * copies, slots, model.device)
         try:
             self.cache = Cache(model.architecture, batch, slots, dtype=model.dtype, device=model.device)
         except RuntimeError as error:  # what torch raises on every device when memory runs out
@@ -56,12 +64,22 @@ class Rows:
         """Read one more token a row; the logits of the one after, B × V, float32."""
         return self._read(tokens_B[:, None], None)
 
+    def spread(self, copies: int) -> None:
+        """Make each row `copies` rows side by side, which share the encoder's output."""
+        if copies > 1:
+            self.cache.spread(copies)
+
+    def swap(self, rows_B: Tensor) -> None:
+        """Make row i a copy of the old row `rows_B[i]`, a row of the same prompt."""
+        self.cache.swap(rows_B)
+
     def reorder(self, rows_B: Tensor) -> None:
-        """Make row i a copy of the old row `rows_B[i]`."""
-        self.cache.reorder(rows_B)
+        """Make row i a copy of the old row `rows_B[i]`, whichever it is."""
         if self.memory is not None:
-            padding_BS = None if self.memory.padding_BS is None else self.memory.padding_BS[rows_B]
-            self.memory = replace(self.memory, hidden_BSD=self.memory.hidden_BSD[rows_B], padding_BS=padding_BS)
+            sources_B = rows_B // (len(self.cache.lengths_B) // len(self.memory.hidden_BSD))
+            padding_BS = None if self.memory.padding_BS is None else self.memory.padding_BS[sources_B]
+            self.memory = replace(self.memory, hidden_BSD=self.memory.hidden_BSD[sources_B], padding_BS=padding_BS)
+        self.cache.reorder(rows_B)
 
     @torch.no_grad()
     def _read(self, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
@@ -80,8 +98,20 @@ class Rows:
         assert out.logits is not None
         logits_BV = out.logits[:, -1].float()
         if not bool(logits_BV.isfinite().all()):
-            raise LatheError(
-                "the model's logits are not all numbers; its weights may be damaged, "
-                f"or {self.model.dtype} too narrow for them: load it as torch.float32"
-            )
+            _explain_no_numbers(self.model)
         return logits_BV
+
+
+def _explain_no_numbers(model: Transformer) -> None:
+    """Raise the error that says why logits are not numbers: a damaged weight, or a type too narrow."""
+    for name, tensor in model.named_parameters():
+        bad = int((~tensor.isfinite()).sum())
+        if bad:
+            raise RequestError(
+                f"the weight {name} holds {bad:,} values of {tensor.numel():,} that are NaN or infinite: the model is "
+                "damaged; use an earlier checkpoint of it"
+            )
+    raise LatheError(
+        f"the model's logits are not all numbers, though its weights are: {model.dtype} is too narrow for them; "
+        "load it as torch.float32"
+    )

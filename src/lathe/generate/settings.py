@@ -3,14 +3,17 @@
 A setting comes from the call, else from the settings stored with the model (`generation_config.json`), else
 from the architecture's tokens and the defaults here. A name that does not exist is refused, and so is a value
 that would do nothing or something else than it says. Stored settings were not asked for by the caller, so
-those that concern the file, or sampling when nothing is sampled, are passed over; those that would change the
-text and that Lathe does not do are refused by name, with the value that turns them off.
+those that concern the file, sampling when nothing is sampled or beams where there are none, are passed over;
+those that would change the text and that Lathe does not do are refused by name, with the value that turns
+them off.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,36 +24,23 @@ from lathe.spec import Spec, size, unknown
 log = logging.getLogger("lathe")
 
 DEFAULT_NEW_TOKENS = 20
-SAMPLING = ("temperature", "top_k", "top_p")
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+BEAMS = ("length_penalty", "early_stopping", "num_beam_groups", "diversity_penalty")
 
 # Settings of `transformers` that Lathe does not do, each with the value that means the same as leaving it out.
 NEUTRAL: dict[str, Any] = {
-    "num_beams": 1,
-    "num_beam_groups": 1,
-    "diversity_penalty": 0.0,
     "penalty_alpha": None,
-    "repetition_penalty": 1.0,
-    "encoder_repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "bad_words_ids": None,
     "force_words_ids": None,
     "constraints": None,
     "sequence_bias": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
     "exponential_decay_length_penalty": None,
     "guidance_scale": 1.0,
     "watermarking_config": None,
-    "renormalize_logits": False,
     "remove_invalid_values": False,
-    "min_p": None,
     "top_h": None,
-    "typical_p": 1.0,
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
     "max_time": None,
-    "stop_strings": None,
     "token_healing": False,
     "dola_layers": None,
     "prompt_lookup_num_tokens": None,
@@ -62,13 +52,11 @@ NEUTRAL: dict[str, Any] = {
     "output_hidden_states": False,
 }
 
-# Stored settings that change no token here: about the file, about beams, or about how a step is computed.
+# Stored settings that change no token here: about the file, or about how a step is computed.
 PASSED_OVER = frozenset(
     {
         "_from_model_config",
         "transformers_version",
-        "early_stopping",
-        "length_penalty",
         "low_memory",
         "is_assistant",
         "cache_implementation",
@@ -101,9 +89,21 @@ class Settings(Spec):
         max_length: the same, with the prompt's columns counted; 20 new tokens where neither is given.
         min_new_tokens, min_length: until then no end-of-sequence token is chosen.
         do_sample: draw each token from the model's distribution; else take the likeliest.
-        temperature, top_k, top_p: how the distribution is sharpened and cut; see `lathe.generate.filters`.
-            `top_k=None` keeps every token.
-        num_return_sequences: how many samples to draw for each prompt.
+        temperature, top_k, top_p, min_p, typical_p: how the distribution is sharpened and cut before a draw; see
+            `lathe.generate.filters`. `top_k=None` keeps every token.
+        repetition_penalty, presence_penalty, frequency_penalty, encoder_repetition_penalty: how tokens that stand in
+            the text already become less likely, or those of the source more; see `lathe.generate.history`.
+        no_repeat_ngram_size, encoder_no_repeat_ngram_size: no run of so many tokens comes twice, or out of the source.
+        bad_words_ids: runs of tokens that never come.
+        suppress_tokens, begin_suppress_tokens: tokens that never come, or not as the first.
+        renormalize_logits: make log-probabilities of what the filters left; beams compare them.
+        num_beams: how many unfinished texts are followed at once; 1 is no beam search.
+        length_penalty: a finished text's score is its log-probability over its length to this power.
+        early_stopping: end a row once `num_beams` texts are finished (True), once no better one is likely (False)
+            or once none is possible ("never").
+        num_beam_groups, diversity_penalty: search in groups, each of which avoids what the ones before it chose.
+        num_return_sequences: how many samples to draw for each prompt, or how many of the best beams to give.
+        stop_strings: a text ends with the token that completes any of these.
         seed: what samples are drawn from: one number, or one for each prompt. PyTorch's global generator picks
             one where left out. A row's samples depend on its own seed and on no other row.
         eos_token_id: any of these ends a row.
@@ -111,7 +111,7 @@ class Settings(Spec):
         bos_token_id: what a decoder starts with when there is no prompt.
         decoder_start_token_id: what an encoder-decoder's output starts with.
         forced_bos_token_id: the token after that one (mBART's language code).
-        forced_eos_token_id: the last token of a row that reaches its full length.
+        forced_eos_token_id: the last token of a row that reaches its full length, or several to choose from.
     """
 
     max_new_tokens: int | None = size(2**30, default=None)
@@ -122,36 +122,88 @@ class Settings(Spec):
     temperature: float = 1.0
     top_k: int | None = size(2**24, default=50)
     top_p: float = 1.0
+    min_p: float | None = None
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    encoder_repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = size(2**20, least=0, default=0)
+    encoder_no_repeat_ngram_size: int = size(2**20, least=0, default=0)
+    bad_words_ids: tuple[tuple[int, ...], ...] | None = None
+    suppress_tokens: tuple[int, ...] | None = None
+    begin_suppress_tokens: tuple[int, ...] | None = None
+    renormalize_logits: bool = False
+    num_beams: int = size(2**12, default=1)
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    num_beam_groups: int = size(2**12, default=1)
+    diversity_penalty: float = 0.0
     num_return_sequences: int = size(2**16, default=1)
+    stop_strings: tuple[str, ...] | None = None
     seed: int | tuple[int, ...] | None = None
     eos_token_id: tuple[int, ...] = ()
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     decoder_start_token_id: int | None = None
     forced_bos_token_id: int | None = None
-    forced_eos_token_id: int | None = None
+    forced_eos_token_id: int | tuple[int, ...] | None = None
 
     def check(self) -> None:
-        if self.temperature <= 0:
-            raise RequestError(
-                f"temperature={self.temperature}: expected more than 0; for the likeliest, do_sample=False"
-            )
-        if not 0 < self.top_p <= 1:
-            raise RequestError(f"top_p={self.top_p}: expected more than 0 and at most 1")
+        self._check_numbers()
+        self._check_beams()
         if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
             raise RequestError(
                 f"min_new_tokens={self.min_new_tokens}: expected at most max_new_tokens={self.max_new_tokens}"
             )
         if self.max_length is not None and self.min_length > self.max_length:
             raise RequestError(f"min_length={self.min_length}: expected at most max_length={self.max_length}")
-        if self.num_return_sequences > 1 and not self.do_sample:
-            raise RequestError(
-                f"num_return_sequences={self.num_return_sequences}: without sampling all would be the same; "
-                "pass do_sample=True"
-            )
+        if self.bad_words_ids is not None and not all(self.bad_words_ids):
+            raise RequestError("bad_words_ids holds an empty list; expected at least one token id in each")
+        if self.stop_strings is not None and not all(self.stop_strings):
+            raise RequestError("stop_strings holds an empty text, with which every text ends; leave it out")
         for seed in (self.seed,) if isinstance(self.seed, int) else self.seed or ():
             if not 0 <= seed < 2**63:
                 raise RequestError(f"seed={seed}: expected a whole number from 0 to 2^63 - 1")
+        for name in ("forced_bos_token_id", "forced_eos_token_id"):
+            forced = _as_tuple(getattr(self, name))
+            if forced and set(forced) <= set(self.suppress_tokens or ()):
+                raise RequestError(f"{name}={forced[0]} is among suppress_tokens; take it out of one of the two")
+
+    def _check_numbers(self) -> None:
+        if self.temperature <= 0:
+            raise RequestError(
+                f"temperature={self.temperature}: expected more than 0; for the likeliest, do_sample=False"
+            )
+        for name in ("top_p", "typical_p"):
+            if not 0 < getattr(self, name) <= 1:
+                raise RequestError(f"{name}={getattr(self, name)}: expected more than 0 and at most 1")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise RequestError(f"min_p={self.min_p}: expected a number from 0 to 1")
+        for name in ("repetition_penalty", "encoder_repetition_penalty"):
+            if getattr(self, name) <= 0:
+                raise RequestError(f"{name}={getattr(self, name)}: expected more than 0; 1 is no penalty")
+
+    def _check_beams(self) -> None:
+        copies, beams, groups = self.num_return_sequences, self.num_beams, self.num_beam_groups
+        if self.early_stopping not in (True, False, "never"):
+            raise RequestError(f"early_stopping={self.early_stopping!r}: expected true, false or never")
+        if beams > 1 and copies > beams:
+            raise RequestError(f"num_return_sequences={copies}: expected at most num_beams={beams}; raise num_beams")
+        if copies > 1 and beams == 1 and not self.do_sample:
+            raise RequestError(
+                f"num_return_sequences={copies}: without sampling all would be the same; "
+                f"pass do_sample=True, or num_beams={copies} for the best of a search"
+            )
+        if beams % groups:
+            raise RequestError(f"num_beam_groups={groups}: expected a divisor of num_beams={beams}")
+        if self.diversity_penalty < 0 or (self.diversity_penalty > 0) != (groups > 1):
+            raise RequestError(
+                f"num_beam_groups={groups} with diversity_penalty={self.diversity_penalty}: groups need a penalty "
+                "above 0, and a penalty needs groups; give both or neither"
+            )
+        if groups > 1 and self.do_sample:
+            raise RequestError(f"num_beam_groups={groups}: groups of beams do not sample; pass do_sample=False")
 
     @classmethod
     def resolve(
@@ -182,14 +234,17 @@ class Settings(Spec):
                 raise RequestError("max_new_tokens and max_length were both given; expected one of them")
             values.pop("max_new_tokens", None)
         values |= asked
-        if not values.get("do_sample", False):
-            _refuse_idle(asked)
-            values = {name: value for name, value in values.items() if name not in SAMPLING}
-        for name in ("eos_token_id", "seed"):
-            if isinstance(values.get(name), list):
-                values[name] = tuple(values[name])
-        if type(values["eos_token_id"]) is int:
-            values["eos_token_id"] = (values["eos_token_id"],)
+        for names, on, what in (
+            (SAMPLING, values.get("do_sample", False), "nothing is sampled; pass do_sample=True"),
+            (BEAMS, values.get("num_beams", 1) != 1, "there are no beams; pass num_beams"),
+        ):
+            if not on:
+                _refuse_idle(names, asked, what)
+                values = {name: value for name, value in values.items() if name not in names}
+        lists = {"eos_token_id": int, "suppress_tokens": int, "begin_suppress_tokens": int, "stop_strings": str}
+        for name, one in lists.items():
+            if type(values.get(name)) is one:
+                values[name] = (values[name],)
         settings = cls(**values)
         settings._check_tokens(architecture.embedding.vocab_size)
         return settings
@@ -201,11 +256,16 @@ class Settings(Spec):
 
     def _check_tokens(self, vocab_size: int) -> None:
         for name in self.field_names():
-            if name.endswith("_token_id"):
-                value = getattr(self, name)
-                for token in value if isinstance(value, tuple) else (value,):
-                    if token is not None and not 0 <= token < vocab_size:
-                        raise RequestError(f"{name}={token}: expected an id below vocab_size={vocab_size:,}")
+            if not name.endswith(("_token_id", "suppress_tokens", "bad_words_ids")):
+                continue
+            given = _as_tuple(getattr(self, name))
+            for token in itertools.chain.from_iterable(_as_tuple(each) for each in given):
+                if not 0 <= token < vocab_size:
+                    raise RequestError(f"{name}={token}: expected an id below vocab_size={vocab_size:,}")
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else () if value is None else (value,)
 
 
 def _refuse_unknown(given: Mapping[str, Any]) -> None:
@@ -247,12 +307,12 @@ def _usable(stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, An
 
 def _off(name: str) -> Any:
     """The value that turns a setting off, or leaves it to its default where it cannot be."""
-    off: dict[str, Any] = {"eos_token_id": (), "temperature": 1.0, "top_p": 1.0, "do_sample": False}
-    off |= {"min_new_tokens": 0, "min_length": 0, "num_return_sequences": 1}
-    return off.get(name)
+    if name == "top_k":
+        return None
+    return next((each.default for each in dataclasses.fields(Settings) if each.name == name), None)
 
 
-def _refuse_idle(asked: Mapping[str, Any]) -> None:
-    for name in SAMPLING:
+def _refuse_idle(names: Iterable[str], asked: Mapping[str, Any], why: str) -> None:
+    for name in names:
         if name in asked and asked[name] != _off(name):
-            raise RequestError(f"{name}={asked[name]}: nothing is sampled; pass do_sample=True or leave it out")
+            raise RequestError(f"{name}={asked[name]}: {why} or leave it out")

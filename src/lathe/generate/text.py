@@ -1,16 +1,19 @@
-"""From text to text: prompts through a tokenizer, a model and back."""
+"""From text to text: prompts through a tokenizer, a model and back, whole or as it is written."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lathe.errors import RequestError
-from lathe.generate.decode import generate
+from lathe.generate.decode import decode, steps
 from lathe.generate.settings import Settings
 from lathe.model.transformer import Transformer
 from lathe.text.tokenizer import Tokenizer
+
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 @dataclass(frozen=True)
@@ -21,13 +24,17 @@ class Completion:
         prompt: as it was given.
         text: what the model added to it, or made of it where it has an encoder.
         ids: the new token ids, an end-of-sequence token included and what fills the row after it not.
-        ended: whether the model ended it, rather than the length it was given.
+        ended: whether the model or a stop string ended it, rather than the length it was given.
+        log_probs: of each of the ids under the model, before temperature and any filter.
+        score: their sum; for beams what the texts are ranked by.
     """
 
     prompt: str
     text: str
     ids: list[int]
     ended: bool
+    log_probs: list[float]
+    score: float
 
 
 def complete(
@@ -39,7 +46,7 @@ def complete(
     keep_special_tokens: bool = False,
     **settings: Any,
 ) -> list[Completion]:
-    """Text for each prompt, in one batch; `num_return_sequences` of them side by side.
+    """Text for each prompt, in one batch; `num_return_sequences` of them side by side, beams from the best down.
 
     Args:
         stored: the settings that came with the model.
@@ -49,6 +56,77 @@ def complete(
     Raises:
         RequestError: no prompt, one without a token, or what `generate` refuses.
     """
+    resolved, batch = _read(model, tokenizer, prompts, stored, settings)
+    found = decode(model, **batch, stored=stored, tokenizer=tokenizer, **settings)
+    rows, log_probs = found.sequences_RT[:, found.n_prompt :].tolist(), found.log_probs_RT.tolist()
+    each = resolved.num_return_sequences
+    texts = []
+    for number, (length, ended, score) in enumerate(
+        zip(found.lengths_R.tolist(), found.ended_R.tolist(), found.scores_R.tolist())
+    ):
+        prompt, ids = prompts[number // each], rows[number][:length]
+        before = tokenizer.encode(prompt) if model.encoder is None else []
+        text = _added(tokenizer, before, ids, skip=not keep_special_tokens)
+        texts.append(Completion(prompt, text, ids, ended, log_probs[number][:length], score))
+    return texts
+
+
+def stream(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    stored: Mapping[str, Any] | None = None,
+    keep_special_tokens: bool = False,
+    **settings: Any,
+) -> Iterator[str]:
+    """The text of one prompt, piece by piece as it is chosen. The pieces add up to the text of `complete`.
+
+    A piece is given once no later token can change it: an unfinished character is held back, and so are tokens that
+    stand for single bytes, whose text is known only when another kind of token follows.
+
+    Raises:
+        RequestError: as `complete`; beams or several sequences, of which none is the text before the end.
+    """
+    resolved, batch = _read(model, tokenizer, [prompt], stored, settings)
+    if resolved.num_beams > 1 or resolved.num_return_sequences > 1:
+        raise RequestError(
+            f"num_beams={resolved.num_beams}, num_return_sequences={resolved.num_return_sequences}: a text can be "
+            "streamed where there is one; pass 1 for both, or do not stream"
+        )
+    before = tokenizer.encode(prompt) if model.encoder is None else []
+    ids: list[int] = []
+    given = 0
+    for step in steps(model, **batch, stored=stored, tokenizer=tokenizer, **settings):
+        ids.append(int(step.tokens_B[0]))
+        settled = _settled(tokenizer, ids)
+        # An unfinished character decodes to the replacement character, which the next token may complete.
+        text = _added(tokenizer, before, settled, skip=not keep_special_tokens).rstrip("\ufffd")
+        if len(text) > given:
+            yield text[given:]
+            given = len(text)
+    text = _added(tokenizer, before, ids, skip=not keep_special_tokens)
+    if len(text) > given:
+        yield text[given:]
+
+
+def _settled(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """The ids without those at the end that stand for single bytes (`<0x0A>`)."""
+    known = len(ids)
+    # The model's table may have more rows than the vocabulary has tokens.
+    while known and ids[known - 1] < tokenizer.vocab_size and _BYTE.fullmatch(tokenizer.pieces([ids[known - 1]])[0]):
+        known -= 1
+    return ids[:known]
+
+
+def _read(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    stored: Mapping[str, Any] | None,
+    settings: Mapping[str, Any],
+) -> tuple[Settings, dict[str, Any]]:
+    """The settings, and the prompts as ids and a mask."""
     if not prompts:
         raise RequestError("there is no prompt; give at least one text")
     for number, ids in enumerate(tokenizer.encode_batch(prompts), start=1):
@@ -58,21 +136,7 @@ def complete(
     # A tokenizer without a padding token fills up with any id: the mask hides it.
     fill = (tokenizer.eos_id or 0) if tokenizer.pad_id is None else None
     batch = tokenizer(list(prompts), padding_side="left" if model.encoder is None else None, pad_id=fill)
-    rows = generate(model, batch["input_ids"], batch["attention_mask"], stored=stored, **settings).tolist()
-    n_prompt = batch["input_ids"].shape[1] if model.encoder is None else 1
-    found = []
-    for number, row in enumerate(rows):
-        which = number // resolved.num_return_sequences
-        ids, ended = _until_end(row[n_prompt:], resolved.eos_token_id)
-        before = tokenizer.encode(prompts[which]) if model.encoder is None else []
-        text = _added(tokenizer, before, ids, skip=not keep_special_tokens)
-        found.append(Completion(prompts[which], text, ids, ended))
-    return found
-
-
-def _until_end(ids: list[int], ends: tuple[int, ...]) -> tuple[list[int], bool]:
-    at = next((place for place, each in enumerate(ids) if each in ends), None)
-    return (ids, False) if at is None else (ids[: at + 1], True)
+    return resolved, {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
 
 
 def _added(tokenizer: Tokenizer, before: list[int], new: list[int], *, skip: bool) -> str:

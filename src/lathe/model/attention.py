@@ -118,6 +118,9 @@ class AttentionLayer(nn.Module):
         if rotation is not None:
             q_BHTK = rotate(q_BHTK, rotation)
         k_BGSK, v_BGSK = self._keys_values(x_BTD, memory_BSD, rotation, cache)
+        sharing = len(q_BHTK) // len(k_BGSK) if cache is not None and cache.fixed else 1
+        if sharing > 1:  # rows that read one memory are more queries to it
+            q_BHTK = _gathered(q_BHTK, sharing)
         drop = self.dropout if self.training else 0.0
         seen: Tensor | None = None
         if weights:
@@ -126,6 +129,9 @@ class AttentionLayer(nn.Module):
             )
         else:
             out_BHTK = attend(q_BHTK, k_BGSK, v_BGSK, mask, bias_BHTS=bias_BHTS, scale=self.scale, dropout=drop)
+        if sharing > 1:
+            out_BHTK = _scattered(out_BHTK, sharing)
+            seen = None if seen is None else _scattered(seen, sharing)
         return self.o(out_BHTK.transpose(1, 2).flatten(2)), seen
 
     def _keys_values(
@@ -146,3 +152,16 @@ class AttentionLayer(nn.Module):
 def _split(x_BTI: Tensor, heads: int) -> Tensor:
     batch, length, _ = x_BTI.shape
     return x_BTI.view(batch, length, heads, -1).transpose(1, 2)
+
+
+def _gathered(x_BHTK: Tensor, rows: int) -> Tensor:
+    """Each `rows` rows as one with as many times the queries."""
+    _, heads, length, width = x_BHTK.shape
+    return x_BHTK.reshape(-1, rows, heads, length, width).transpose(1, 2).reshape(-1, heads, rows * length, width)
+
+
+def _scattered(x_BHTK: Tensor, rows: int) -> Tensor:
+    """What `_gathered` made one, as the rows it was."""
+    batch, heads, length, width = x_BHTK.shape
+    x_BHRTK = x_BHTK.reshape(batch, heads, rows, length // rows, width)
+    return x_BHRTK.transpose(1, 2).reshape(batch * rows, heads, length // rows, width)

@@ -6,7 +6,8 @@ rows of different lengths stand side by side and a pad is never stored: it goes 
 end that no query reads. Only the filled part is read.
 
 Cross-attention's keys and values never change during generation; `fixed` layers compute them once from
-the encoder's output and serve them from then on.
+the encoder's output and serve them from then on. Rows that continue one prompt (beams, several samples)
+read the same ones: `memory` then has a row for each prompt and not for each row.
 """
 
 from __future__ import annotations
@@ -120,13 +121,43 @@ class Cache:
         """Count the tokens just placed as part of each row."""
         self.lengths_B = self.lengths_B + self._added
 
+    def spread(self, copies: int) -> None:
+        """Make each row `copies` rows side by side. They share what they read of the encoder."""
+        self._take(torch.arange(len(self.lengths_B), device=self.lengths_B.device).repeat_interleave(copies))
+
+    def swap(self, rows_B: Tensor) -> None:
+        """Make row i a copy of the old row `rows_B[i]`, in place, where both read the same encoder's row (beams).
+
+        Only rows that change are moved, and of them only the filled slots.
+        """
+        changed = (rows_B != self.rows_B1[:, 0]).nonzero()[:, 0]
+        if not len(changed):
+            return
+        from_B = rows_B[changed]
+        self.lengths_B = self.lengths_B[rows_B]
+        for layer in self.layers:
+            for tensor in layer.read():
+                tensor[changed, :, : self.filled] = tensor[from_B, :, : self.filled]
+
     def reorder(self, rows_B: Tensor) -> None:
-        """Make row i a copy of the old row `rows_B[i]` (beam search)."""
+        """Make row i a copy of the old row `rows_B[i]`, with all that it reads; rows may become fewer or more."""
+        for layer in self.memory:
+            if layer.k is not None and layer.v is not None:
+                sources_B = rows_B // (len(self.lengths_B) // len(layer.k))
+                layer.k, layer.v = layer.k[sources_B], layer.v[sources_B]
+        self._take(rows_B)
+
+    def _take(self, rows_B: Tensor) -> None:
         self.lengths_B = self.lengths_B[rows_B]
         self.rows_B1 = torch.arange(len(rows_B), device=rows_B.device)[:, None]
-        for layer in [*self.layers, *self.memory]:
-            if layer.k is not None and layer.v is not None:
-                layer.k, layer.v = layer.k[rows_B], layer.v[rows_B]
+        for layer in self.layers:
+            k, v = layer.read()
+            layer.k, layer.v = self._taken(k, rows_B), self._taken(v, rows_B)
+
+    def _taken(self, old_BGSK: Tensor, rows_B: Tensor) -> Tensor:
+        new_BGSK = old_BGSK.new_zeros(len(rows_B), *old_BGSK.shape[1:])
+        new_BGSK[:, :, : self.filled] = old_BGSK[rows_B, :, : self.filled]
+        return new_BGSK
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,104 @@
+"""One token a row and step: the likeliest, or a draw.
+
+`tokens` is the loop. It yields each step's tokens as they are chosen, so what streams text to a reader and what
+returns it whole run the same code.
+
+Shape suffixes: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lathe.errors import RequestError
+from lathe.generate.draw import draw, numbers
+from lathe.generate.filters import pipeline
+from lathe.generate.history import History
+from lathe.generate.prompt import Prompt
+from lathe.generate.rows import Rows
+from lathe.generate.settings import Settings
+from lathe.generate.stops import StopStrings
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be decoded.
+
+    Args:
+        rows: the batch, unread.
+        settings: how.
+        columns: of the prompt as the caller gave it.
+        max_new: tokens to add at most.
+        source: what the encoder read, where there is one.
+        stops: texts that end a row.
+    """
+
+    rows: Rows
+    settings: Settings
+    columns: int
+    max_new: int
+    source: Prompt | None = None
+    stops: StopStrings | None = None
+
+    def history(self, copies: int) -> History:
+        """Of `copies` rows for each prompt."""
+        return History.of(self.rows.prompt, self.columns, self.max_new, self.source, copies)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step's tokens.
+
+    Args:
+        tokens_B: the padding token where the row had ended before.
+        log_probs_B: of each under the model, before any filter; 0 where the row had ended before.
+        ended_B: whether the row has ended, with this token or before.
+    """
+
+    tokens_B: Tensor
+    log_probs_B: Tensor
+    ended_B: Tensor
+
+
+def tokens(task: Task) -> Iterator[Step]:
+    """Each step's tokens, a row for every sample of every prompt, until all have ended or `max_new` are there."""
+    rows, settings = task.rows, task.settings
+    n_prompts, copies = len(rows.prompt.ids_BT), settings.num_return_sequences
+    device = rows.model.device
+    u_BN = numbers(settings, n_prompts, task.max_new, device, copies=copies) if settings.do_sample else None
+    logits_BV = rows.prefill().repeat_interleave(copies, dim=0)
+    rows.spread(copies)
+    at, filters = task.history(copies), pipeline(settings)
+    ends = torch.tensor(settings.eos_token_id, dtype=torch.long, device=device)
+    ended_B = torch.zeros(len(logits_BV), dtype=torch.bool, device=device)
+    for step in range(task.max_new):
+        left_BV = logits_BV
+        for change in filters:
+            left_BV = change(left_BV, at)
+        if filters:
+            refuse_nothing_left(left_BV.amax(dim=-1).masked_fill(ended_B, 0), step)
+        chosen_B = left_BV.argmax(dim=-1) if u_BN is None else draw(left_BV, u_BN[:, step])
+        log_probs_B = logits_BV.log_softmax(dim=-1).gather(1, chosen_B[:, None])[:, 0].masked_fill(ended_B, 0)
+        chosen_B = chosen_B.masked_fill(ended_B, settings.filler)
+        at.append(chosen_B)
+        ended_B = ended_B | torch.isin(chosen_B, ends)
+        if task.stops is not None:
+            ended_B = ended_B | task.stops.ends(at.ids_BT, at.pads_B)
+        yield Step(chosen_B, log_probs_B, ended_B)
+        if step == task.max_new - 1 or bool(ended_B.all()):
+            return
+        logits_BV = rows.step(chosen_B)
+
+
+def refuse_nothing_left(best_B: Tensor, step: int) -> None:
+    """Raise RequestError where the best token of a row is none at all: the filters have ruled out every one."""
+    none_B = best_B.isneginf()
+    if bool(none_B.any()):
+        raise RequestError(
+            f"the settings leave row {int(none_B.nonzero()[0])} no token to choose as new token {step + 1}; "
+            "ban fewer tokens or n-grams, or ask for fewer new tokens"
+        )
