@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def test_a_cut_is_a_stock_directory_with_its_recipe_its_page_and_its_card(cli: C
     page = Path("small/report.html").read_text(encoding="utf-8")
     for step in answer["steps"]:
         assert step["name"] in card
-        assert step["name"] in page
+        assert escape(step["name"]) in page
     assert "kept apart from what fits" in page
 
 
@@ -114,8 +115,11 @@ def test_losses_under_another_tokenizer_are_not_compared(cli: Callable, here: Pa
 
 
 def test_a_recipe_makes_the_same_bytes_and_refuses_anything_else(cli: Callable, here: Path):
-    words = ["d_model=12", "d_ff=40", "method=select", "calibrate.tokens=900", "seed=3"]
+    words = ["d_model=12", "d_ff=40", "method=select", "refit=false", "calibrate.tokens=900", "seed=3"]
     assert cli("resize", "gpt2", "one", *words, "--calibrate", "text.txt", "--device", "cpu").code == 0
+    recipe = json.loads(Path("one/lathe.json").read_text(encoding="utf-8"))["recipe"]
+    assert recipe["how"] == {"method": "select", "refit": False, "share": "mean"}
+    assert (recipe["seed"], recipe["calibrate"]["tokens"]) == (3, 900)
     shutil.copy("text.txt", "moved.text")
     again = cli("resize", "gpt2", "two", "--recipe", "one/lathe.json", "--calibrate", "moved.text", "--device", "cpu")
     assert again.code == 0, again.err

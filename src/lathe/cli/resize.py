@@ -26,7 +26,7 @@ def command(
             metavar="[FIELD=VALUE]...",
             help="d_model=384, d_ff=1024, n_layers=4, n_heads=6, d_embed=128 …; also calibrate.tokens=100000, "
             "calibrate.field=document, data.tokens=50000, heal.steps=500, heal.lr=3e-4, objective=masked, "
-            "budget.effort=3, seed=1.",
+            "refit=false, share=middle, budget.effort=3, seed=1.",
         ),
     ] = None,
     calibrate: Annotated[str | None, typer.Option(metavar="FILE", help="Text that the cut is fitted on.")] = None,

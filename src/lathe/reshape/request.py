@@ -19,6 +19,7 @@ from lathe.errors import RequestError
 from lathe.reshape.budget_cost import LIMIT_WORDS, BudgetSettings, read_budget
 from lathe.reshape.heal import HealSettings
 from lathe.reshape.resize import METHODS
+from lathe.reshape.share import SHARE_METHODS
 from lathe.reshape.text import TextSettings
 from lathe.spec import Spec, choice, size
 
@@ -28,7 +29,7 @@ _TEXTS: dict[str, type[TextSettings | HealSettings]] = {
     "heal": HealSettings,
 }
 # How an operation is done, where there is a choice; `resize` and `planned` take each by its name.
-HOW = ("method",)
+HOW = ("method", "refit", "share")
 _PLAIN = (*HOW, "seed")
 
 
@@ -38,6 +39,7 @@ class ResizeRequest(Spec):
 
     Args:
         calibrate: the text that the cut is fitted on.
+        method, refit, share: how a width is cut, whether the rest is fitted to it, what shared layers start from.
         data: the text that it is measured on; where left out, a tenth of `calibrate` is kept apart for it.
         objective: what the model predicts: its name and settings; what its head says where left out.
         budget: what the result may cost at most; the sizes are then found, `changes` apart.
@@ -46,6 +48,8 @@ class ResizeRequest(Spec):
     source: str
     changes: dict  # type: ignore[type-arg]
     method: str = choice(*METHODS, default="rotate")
+    refit: bool | None = None
+    share: str = choice(*SHARE_METHODS, default="mean")
     calibrate: TextSettings | None = None
     data: TextSettings | None = None
     heal: HealSettings | None = None
