@@ -63,7 +63,8 @@ def write_all(
         chosen = order[start : start + batch]
         seeds = {} if seed is None else {"seed": tuple(seed + number for number in chosen)}
         ids_BT, mask_BT = _padded([sources[number] for number in chosen], resolved.filler)
-        rows = generate(model, ids_BT, mask_BT, stored=stored, **{**settings, **seeds}).tolist()
+        given = {**settings, **seeds}
+        rows = generate(model, ids_BT, mask_BT, stored=stored, tokenizer=tokenizer, **given).tolist()
         for number, row in zip(chosen, rows):
             found[number] = _read(tokenizer, row[1:], resolved.eos_token_id)
         if on_done is not None:
