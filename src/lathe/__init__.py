@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lathe._version import __version__
 
 if TYPE_CHECKING:
-    from lathe.api import Model, heal, load, resize
+    from lathe.api import Model, heal, load, plan_budget, resize
     from lathe.architecture import Architecture
     from lathe.errors import LatheError, RequestError
     from lathe.planner import plan
@@ -30,6 +30,7 @@ _HOMES = {
     "heal": "lathe.api",
     "load": "lathe.api",
     "plan": "lathe.planner",
+    "plan_budget": "lathe.api",
     "preset": "lathe.presets",
     "resize": "lathe.api",
 }
@@ -45,6 +46,7 @@ __all__ = [
     "heal",
     "load",
     "plan",
+    "plan_budget",
     "preset",
     "resize",
 ]

@@ -32,6 +32,7 @@ from lathe.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from lathe.planner import Plan
     from lathe.reshape import Step
+    from lathe.reshape.budget import BudgetPlan
     from lathe.reshape.vocabulary import Vocabulary
     from lathe.text.corpus import Corpus
 
@@ -235,6 +236,9 @@ def resize(
     seed: int = 0,
     own_form: bool = False,
     vocabulary: Vocabulary | Corpus | None = None,
+    max_parameters: int | str | None = None,
+    max_bytes: int | str | None = None,
+    max_latency: float | None = None,
     **changes: Any,
 ) -> Model:
     """A copy of a trained model with other sizes; the model itself is left as it is.
@@ -251,6 +255,7 @@ def resize(
         own_form: allow a width that the family's files cannot hold, where the heads would have to fill it.
         vocabulary: text whose tokens are kept, or of which new ones are learnt, as `vocab_size` says: a list of texts
             or a `Path`; or a `lathe.Vocabulary`, which also takes new words, ids, and a multiple to fill up to.
+        max_parameters, max_bytes, max_latency: a budget in place of sizes; `plan_budget` says how it is spent.
         changes: fields to new values, as `Architecture.with_` takes them: `d_model=384`.
 
     Raises:
@@ -273,7 +278,25 @@ def resize(
     if isinstance(calibrate, str | os.PathLike):
         batches = _from_file(model, calibrate, seed)
     else:
-        batches = [_as_batch(model, each) for each in calibrate]
+        calibrate = batches = [_as_batch(model, each) for each in calibrate]
+    if any(limit is not None for limit in (max_parameters, max_bytes, max_latency)):
+        if vocabulary is not None:
+            raise RequestError("a budget chooses the vocabulary's size by itself: leave vocabulary out, or the budget")
+        plan = plan_budget(
+            model,
+            calibrate=calibrate,
+            max_parameters=max_parameters,
+            max_bytes=max_bytes,
+            max_latency=max_latency,
+            method=method,
+            refit=refit,
+            share=share,
+            seed=seed,
+            own_form=own_form,
+            **changes,
+        )
+        log.info("%s", plan)
+        changes = plan.changes
     done = reshape(
         source,
         changes,
@@ -302,6 +325,70 @@ def resize(
     )
     resized.steps = done.steps
     return resized
+
+
+def plan_budget(
+    model: Model,
+    *,
+    calibrate: str | os.PathLike[str] | Iterable[Tensor | Mapping[str, Tensor]],
+    max_parameters: int | str | None = None,
+    max_bytes: int | str | None = None,
+    max_latency: float | None = None,
+    effort: int = 2,
+    method: str = "rotate",
+    refit: bool | None = None,
+    share: str = "mean",
+    seed: int = 0,
+    own_form: bool = False,
+    **changes: Any,
+) -> BudgetPlan:
+    """The sizes with which a model meets a budget at the least loss, and what each axis was measured to cost.
+
+    Args:
+        calibrate: as `resize` takes it. A tenth is kept apart and measured on. From batches of ids the vocabulary is
+            not cut: there is no text to show to another tokenizer.
+        max_parameters, max_bytes, max_latency: the budget, one of them: `"30M"`, `"40MB"`, milliseconds.
+        effort: how many cuts are tried, from 1 on.
+        method, refit, share, seed, own_form: as `resize` takes them.
+        changes: sizes that are set in any case.
+
+    Raises:
+        RequestError: no budget, more than one, one that the model meets already, or one that no sizes meet, which
+            says the least possible.
+
+    Example:
+        >>> import lathe, torch
+        >>> tiny = lathe.preset("t5-small").with_(d_model=16, d_ff=16, n_layers=1, n_heads=2, d_head=8, vocab_size=32)
+        >>> text = torch.randint(2, 32, (10, 8))
+        >>> plan = lathe.plan_budget(lathe.Model(tiny, seed=0), calibrate=[text], max_parameters=2000, effort=1)
+        >>> plan.after <= 2000
+        True
+    """
+    from lathe.reshape.budget_cost import read_budget
+    from lathe.reshape.budget_job import plan_for
+    from lathe.reshape.vocabulary import settings_ids
+
+    limits = {"max_parameters": max_parameters, "max_bytes": max_bytes, "max_latency": max_latency}
+    settings = read_budget({**limits, "budget.effort": effort})
+    if settings is None:
+        raise RequestError("no budget: give max_parameters, max_bytes or max_latency")
+    text: str | list[Mapping[str, Tensor]]
+    if isinstance(calibrate, str | os.PathLike):
+        text = os.fspath(calibrate)
+    else:
+        text = [_as_batch(model, each) for each in calibrate]
+    source = Model(model.architecture, model.tensors()) if adapter_names(model) else model
+    return plan_for(
+        source,
+        settings,
+        text,
+        tokenizer=model.tokenizer,
+        fixed=changes,
+        how={"method": method, "refit": refit, "share": share},
+        seed=seed,
+        own_form=own_form,
+        reserved=frozenset(settings_ids(model.generation) | settings_ids(model.config)),
+    )
 
 
 def heal(

@@ -206,8 +206,10 @@ class _Planning:
     def _require_possible(self) -> None:
         name, text = f"max_{_OPTIONS[self.settings.name]}", self.cost.text
         if self.before <= self.limit:
+            what = "with the sizes that were given the model" if self.terms.fixed else "the model"
             raise RequestError(
-                f"{name}={text(self.limit)}: the model has {text(self.before)}, which is within it: nothing to cut"
+                f"{name}={text(self.limit)}: {what} has {text(self.before)}, which is within it: nothing to cut; "
+                "ask for less, or leave the budget out"
             )
         least = smallest(self.source, self.axes, self.terms)
         made = self.terms.architecture(self.source, least)

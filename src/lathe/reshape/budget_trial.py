@@ -27,6 +27,7 @@ from torch import Tensor
 
 from lathe.architecture import Architecture
 from lathe.errors import RequestError
+from lathe.model.loss import IGNORED
 from lathe.model.transformer import Transformer
 from lathe.reshape.calibrate import Batch
 from lathe.reshape.measure import quality
@@ -172,7 +173,7 @@ class RowsProbe:
     reads_text = False
 
     def __init__(self, model: Transformer, batches: Sequence[Batch]) -> None:
-        self._fitted, self._held = _apart([{k: v for k, v in batch.items() if k != "labels"} for batch in batches])
+        self._fitted, self._held = _apart([dict(batch) for batch in batches])
         head = model.architecture.head
         if head.language is None and head.classifier is None:
             raise RequestError(
@@ -207,8 +208,13 @@ def _predicted(model: Transformer, batch: Batch) -> Tensor:
     output = model.eval()(**batch)
     assert output.logits is not None
     logits = output.logits.flatten(0, -2).float()
-    side = "decoder_" if "decoder_input_ids" in batch else ""
-    mask = batch.get(f"{side}attention_mask")
+    labels = batch.get("labels")
+    if model.decoder is None or model.encoder is None:
+        mask = batch.get("attention_mask")
+    elif labels is not None and "decoder_input_ids" not in batch:  # what the decoder reads is made from them
+        mask = labels != IGNORED
+    else:
+        mask = batch.get("decoder_attention_mask")
     if mask is not None and mask.numel() == len(logits):
         logits = logits[mask.flatten().bool()]
     return logits.log_softmax(-1)
