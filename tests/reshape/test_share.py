@@ -13,6 +13,7 @@ from lathe.architecture import Sharing
 from lathe.errors import RequestError
 from lathe.model.transformer import Transformer
 from lathe.reshape.align import align_attention, align_feed_forward, assignment
+from lathe.reshape.operation import Context
 from lathe.reshape.share import plan_sharing, refit_shared, share
 from lathe.reshape.state import State
 from tests.reshape.test_width import build, rebuilt, text
@@ -141,6 +142,20 @@ def test_the_refit_brings_the_shared_stack_nearer_to_its_parent(norm_position, m
     assert not refit.exact
     away = [float((outputs(rebuilt(each)) - outputs(model)).square().mean()) for each in (shared, fitted)]
     assert away[1] < away[0]
+
+
+@pytest.mark.parametrize(("rows", "length", "helps"), [(64, 12, True), (2, 3, False)])
+def test_a_refit_stays_only_where_it_helps_on_unseen_text(rows, length, helps):
+    drawn = small("pre")
+    model = build(drawn)
+    context = Context(model, state_of(model), [text(drawn, rows=rows, length=length)])
+    (operation,) = plan_sharing(drawn, drawn.with_(sharing="all"), "mean")
+    after, (_, refit) = operation.run(context, context.start)
+    assert (refit.detail["after"] < refit.detail["before"]) == helps
+    assert ("left out" in refit.name) != helps
+    unfitted, _ = share(context.start, "decoder", "all")
+    same = all(torch.equal(after.wide(name), unfitted.wide(name)) for name in unfitted.tensors)
+    assert same != helps
 
 
 def small(norm_position: str):
