@@ -101,6 +101,17 @@ def test_a_stop_string_ends_the_text_and_a_stream_prints_the_same(cli, gpt2: Pat
     assert cli(*words, "--stream").out == whole
 
 
+def test_every_step_is_explained_as_tables_and_as_data(cli, gpt2: Path) -> None:
+    words = ("generate", gpt2, "--prompt", "to be", "max_new_tokens=2", "--explain")
+    ran = cli(*words, "no_repeat_ngram_size=1")
+    assert ran.out.startswith("row 0, token 1: ")
+    assert "ruled out by no_repeat_ngram_size" in ran.out
+    assert ran.out.splitlines()[-1].startswith("to be")
+    steps = json.loads(cli(*words, "num_beams=2", "--json").out)["steps"]
+    assert [step["step"] for step in steps] == [1, 2]
+    assert {"parent", "piece", "log_prob", "score", "fate"} <= steps[0]["candidates"][0].keys()
+
+
 def stdin(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
 

@@ -45,6 +45,9 @@ def command(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same samples.")] = None,
     special_tokens: Annotated[bool, typer.Option("--special-tokens", help="Keep </s>, sentinels and so on.")] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print one prompt's text while it is written.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show each step: candidates, probabilities, filters, beams.")
+    ] = False,
     adapter: Annotated[Path | None, typer.Option(help="Put this adapter on the model: its directory.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the CPU unless given.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, log-probabilities included.")] = False,
@@ -63,9 +66,11 @@ def command(
     prompts = [*(_utf8(each) for each in prompt or []), *(_lines(file) if file is not None else [])]
     if not prompts:
         raise RequestError("there is nothing to start from: give --prompt TEXT, or --file with prompts, one a line")
-    if stream and (as_json or len(prompts) > 1):
-        raise RequestError("--stream prints one prompt's text as it is written; leave out --json and give one prompt")
-    _run(model, adapter, prompts, settings, special_tokens, stream, device, as_json)
+    if stream and (as_json or explain or len(prompts) > 1):
+        raise RequestError(
+            "--stream prints one prompt's text as it is written; leave out --json and --explain and give one prompt"
+        )
+    _run(model, adapter, prompts, settings, special_tokens, stream, explain, device, as_json)
 
 
 def _settings(words: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,12 +107,14 @@ def _run(
     settings: dict[str, Any],
     special_tokens: bool,
     stream: bool,
+    explain: bool,
     device: str | None,
     as_json: bool,
 ) -> None:
     import secrets
 
-    from lathe.cli.output import emit_json, say
+    from lathe.cli.output import emit_json, say, write
+    from lathe.generate.explain import Explanation, lines
     from lathe.generate.settings import turned_off
     from lathe.generate.text import complete
 
@@ -122,6 +129,7 @@ def _run(
     if stream:
         _stream(model, prompts[0], settings, special_tokens)
         return
+    explanation = Explanation(model.tokenizer) if explain else None
     started = time.perf_counter()
     found = complete(
         model,
@@ -129,13 +137,17 @@ def _run(
         prompts,
         stored=model.generation,
         keep_special_tokens=special_tokens,
+        watch=explanation,
         **settings,
     )
     seconds = time.perf_counter() - started
     n_tokens = sum(len(each.ids) for each in found)
     if as_json:
-        emit_json(_answer(name, {**model.generation, **settings}, found))
+        answer = _answer(name, {**model.generation, **settings}, found)
+        emit_json(answer if explanation is None else {**answer, "steps": explanation.steps})
         return
+    for line in lines(explanation.steps) if explanation is not None else ():
+        write(line)
     _show(found, len(found) // len(prompts), model.encoder is None)
     say(f"{n_tokens:,} tokens in {seconds:.1f} s, {n_tokens / seconds:,.0f} a second")
 

@@ -28,6 +28,7 @@ from lathe.generate.filters import pipeline
 from lathe.generate.settings import Settings
 from lathe.generate.single import Task, refuse_nothing_left
 from lathe.generate.stops import StopStrings
+from lathe.generate.watch import Continuations
 
 
 @dataclass
@@ -89,8 +90,9 @@ class Texts:
 class Group:
     """The beams of one search for each prompt, and its finished texts."""
 
-    def __init__(self, settings: Settings, prompts: int, max_new: int, device: torch.device) -> None:
-        self.settings, self.max_new = settings, max_new
+    def __init__(self, task: Task, number: int, prompts: int, device: torch.device) -> None:
+        settings, max_new = task.settings, task.max_new
+        self.settings, self.max_new, self.number, self.watch = settings, max_new, number, task.watch
         self.size = settings.num_beams // settings.num_beam_groups
         self.ends = torch.tensor(settings.eos_token_id, dtype=torch.long, device=device)
         self.running = Texts.none(prompts, self.size, max_new, settings.filler, device)
@@ -131,16 +133,21 @@ class Group:
         found.ended_PN = torch.isin(tokens_PK, self.ends)
         if stops is not None:
             found.ended_PN = found.ended_PN | stops.ends(parents_PK, tokens_PK)
-        self._finish(found, found.ended_PN | (step == self.max_new - 1))
+        over_P, finished_PK = self.over_P, self._finish(found, found.ended_PN | (step == self.max_new - 1))
         going_on_PK = best_PK.masked_fill(found.ended_PN, -torch.inf)
         chosen_PN = going_on_PK.topk(self.size, dim=1).indices
+        if self.watch is not None:
+            last_PK, ids_PKT = found.log_probs_PNT[..., step], found.ids_PNT
+            self.watch(
+                Continuations(step, self.number, ids_PKT, parents_PK, last_PK, best_PK, finished_PK, chosen_PN, over_P)
+            )
         found.scores_PN = going_on_PK
         self.running = found.take(chosen_PN)
         self._judge(step + 1)
         return parents_PK.gather(1, chosen_PN), tokens_PK.gather(1, chosen_PN)
 
-    def _finish(self, found: Texts, over_PK: Tensor) -> None:
-        """Keep the best of what has ended; of the candidates, only as many count as there are beams."""
+    def _finish(self, found: Texts, over_PK: Tensor) -> Tensor:
+        """Keep the best of what has ended; of the candidates, only as many count as there are beams. Which counted."""
         scores_PK = found.scores_PN / found.lengths_PN**self.settings.length_penalty
         first_K = torch.arange(scores_PK.shape[1], device=scores_PK.device) < self.size
         counted_PK = over_PK & first_K & ~self.over_P[:, None]
@@ -152,6 +159,7 @@ class Group:
             found.ended_PN,
         )
         self.finished = Texts.joined([self.finished, ended]).best(self.size)
+        return counted_PK
 
     def _judge(self, length: int) -> None:
         """Mark the rows whose finished texts are final, now that the beams have `length` tokens."""
@@ -193,7 +201,7 @@ def search(task: Task) -> Texts:
     """
     rows, settings = task.rows, task.settings
     prompts, n_groups, device = len(rows.prompt.ids_BT), settings.num_beam_groups, rows.model.device
-    groups = [Group(settings, prompts, task.max_new, device) for _ in range(n_groups)]
+    groups = [Group(task, number, prompts, device) for number in range(n_groups)]
     n_candidates = candidates(settings)
     u_PN = numbers(settings, prompts, task.max_new * n_candidates, device) if settings.do_sample else None
     log_probs_BV = rows.prefill().log_softmax(dim=-1).repeat_interleave(settings.num_beams, dim=0)

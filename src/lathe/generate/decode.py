@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from lathe.generate.rows import Rows
 from lathe.generate.settings import Settings
 from lathe.generate.single import Step, Task, tokens
 from lathe.generate.stops import StopStrings
+from lathe.generate.watch import Watch
 from lathe.model.stack import Memory
 from lathe.model.transformer import Transformer
 from lathe.text.tokenizer import Tokenizer
@@ -112,11 +113,12 @@ def decode(
     decoder_attention_mask: Tensor | None = None,
     stored: Mapping[str, Any] | None = None,
     tokenizer: Tokenizer | None = None,
+    watch: Watch | None = None,
     **settings: Any,
 ) -> Decoded:
     """What `generate` does, with the log-probabilities and the scores beside the ids.
 
-    Args and errors are `generate`'s.
+    Args and errors are `generate`'s; `watch` is told of each step (`lathe.generate.watch`).
 
     >>> import lathe, torch
     >>> from lathe.generate import decode
@@ -136,6 +138,7 @@ def decode(
             _resolve(model, settings, stored),
             tokenizer,
         )
+        task = replace(task, watch=watch)
         return _searched(task, prompt) if task.settings.num_beams > 1 else _followed(task, prompt)
 
 

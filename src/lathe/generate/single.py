@@ -22,6 +22,7 @@ from lathe.generate.prompt import Prompt
 from lathe.generate.rows import Rows
 from lathe.generate.settings import Settings
 from lathe.generate.stops import StopStrings
+from lathe.generate.watch import Choice, Watch
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Task:
         max_new: tokens to add at most.
         source: what the encoder read, where there is one.
         stops: texts that end a row.
+        watch: told of each step, where somebody wants to see it.
     """
 
     rows: Rows
@@ -43,6 +45,7 @@ class Task:
     max_new: int
     source: Prompt | None = None
     stops: StopStrings | None = None
+    watch: Watch | None = None
 
     def history(self, copies: int) -> History:
         """Of `copies` rows for each prompt."""
@@ -76,12 +79,17 @@ def tokens(task: Task) -> Iterator[Step]:
     ends = torch.tensor(settings.eos_token_id, dtype=torch.long, device=device)
     ended_B = torch.zeros(len(logits_BV), dtype=torch.bool, device=device)
     for step in range(task.max_new):
-        left_BV = logits_BV
+        left_BV, stages = logits_BV, []
         for change in filters:
             left_BV = change(left_BV, at)
+            if task.watch is not None:
+                stages.append((change.name, left_BV))
         if filters:
             refuse_nothing_left(left_BV.amax(dim=-1).masked_fill(ended_B, 0), step)
         chosen_B = left_BV.argmax(dim=-1) if u_BN is None else draw(left_BV, u_BN[:, step])
+        if task.watch is not None:
+            u_B = None if u_BN is None else u_BN[:, step]
+            task.watch(Choice(step, logits_BV, stages, u_B, chosen_B, ended_B))
         log_probs_B = logits_BV.log_softmax(dim=-1).gather(1, chosen_B[:, None])[:, 0].masked_fill(ended_B, 0)
         chosen_B = chosen_B.masked_fill(ended_B, settings.filler)
         at.append(chosen_B)

@@ -10,6 +10,7 @@ from typing import Any
 from lathe.errors import RequestError
 from lathe.generate.decode import decode, steps
 from lathe.generate.settings import Settings
+from lathe.generate.watch import Watch
 from lathe.model.transformer import Transformer
 from lathe.text.tokenizer import Tokenizer
 
@@ -44,6 +45,7 @@ def complete(
     *,
     stored: Mapping[str, Any] | None = None,
     keep_special_tokens: bool = False,
+    watch: Watch | None = None,
     **settings: Any,
 ) -> list[Completion]:
     """Text for each prompt, in one batch; `num_return_sequences` of them side by side, beams from the best down.
@@ -51,13 +53,14 @@ def complete(
     Args:
         stored: the settings that came with the model.
         keep_special_tokens: leave `</s>`, sentinels and the like in the text.
+        watch: told of each step; `lathe.generate.explain.Explanation` is one that writes it down.
         settings: as for `lathe.generate.generate`.
 
     Raises:
         RequestError: no prompt, one without a token, or what `generate` refuses.
     """
     resolved, batch = _read(model, tokenizer, prompts, stored, settings)
-    found = decode(model, **batch, stored=stored, tokenizer=tokenizer, **settings)
+    found = decode(model, **batch, stored=stored, tokenizer=tokenizer, watch=watch, **settings)
     rows, log_probs = found.sequences_RT[:, found.n_prompt :].tolist(), found.log_probs_RT.tolist()
     each = resolved.num_return_sequences
     texts = []
