@@ -51,8 +51,12 @@ class Moments:
         return torch.stack([self.mean(norm) for norm in norms]).sum(0)
 
     def loudness(self, norms: Iterable[str]) -> Tensor:
-        """How much each channel carries of what the norms hand on: mean squares, summed over the norms."""
-        return torch.stack([self.loud[norm] / self.tokens[norm] for norm in norms if norm in self.loud]).sum(0)
+        """How much each channel carries of what the norms hand on: shares of the squares, summed over the norms.
+
+        Shares, because readers undo whatever size a norm gives its output.
+        """
+        seen = [self.loud[norm] for norm in norms if norm in self.loud]
+        return torch.stack([each / each.sum().clamp_min(1e-300) for each in seen]).sum(0)
 
 
 def unit(x: Tensor, *, centred: bool) -> Tensor:
@@ -70,6 +74,7 @@ def moments(
 
     Args:
         batches: keyword arguments of the model, one mapping each.
+        norms: norms, or linear layers that read an axis without one, whose inputs are taken as they are.
         streams: those of the norms whose output is the stream.
 
     Raises:
@@ -82,6 +87,11 @@ def moments(
 
         def listen(given: Tensor, out: Tensor) -> None:
             rows = token_rows(given, norm, current)
+            if isinstance(model.get_submodule(norm), nn.Linear):  # no norm divides what it reads
+                read_ND = given.detach().flatten(0, -2)[rows].to("cpu", torch.float64)
+                gathered.add(norm, read_ND)
+                gathered.loud[norm] = gathered.loud.get(norm, torch.zeros(())) + read_ND.square().sum(0)
+                return
             made_ND = out.detach().flatten(0, -2)[rows].to("cpu", torch.float64)
             seen = made_ND - made_ND.mean(-1, keepdim=True) if centred else made_ND
             gathered.add(norm, seen if norm in outputs else unit(given, centred=centred).flatten(0, -2)[rows])

@@ -6,6 +6,8 @@ What is left is then fitted to its parent, whatever the method (`lathe.reshape.r
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from lathe.reshape.state import State, Step
 from lathe.reshape.transform import loudest_directions, onto_table, refit_transform, transform_rows
 from lathe.reshape.width import is_centred, keep, norms_of, principal, rotate, streams_of, with_stored_positions
 
+_ENERGY = "share of the energy that each norm hands on which stays"
 _TOKENS = "embedding.tokens.weight"
 _OUTPUT = "head.language.output.weight"
 
@@ -67,7 +70,7 @@ def _cutting(field: str, group: str, size: int, method: str, fits: bool) -> Run:
             return _kept(state, group, field, torch.arange(size), method)
         state = with_stored_positions(state, group)
         model, batches = context.current(state), context.batches
-        norms = norms_of(state.architecture, group)
+        norms = _sites(state.architecture, group)
         seen = moments(model, batches, norms, streams=streams_of(state.architecture, group))
         _require_enough(seen, field, size)
         channels: Tensor | None = None
@@ -78,6 +81,7 @@ def _cutting(field: str, group: str, size: int, method: str, fits: bool) -> Run:
             if method == "select":
                 channels = seen.loudness(norms).topk(size).indices.sort().values
             started, steps = _kept(state, group, field, channels, method)
+            steps = [replace(steps[0], detail=_energy(seen, norms, channels), measures=_ENERGY)]
             into = torch.eye(len(seen.mean(norms[0])), dtype=torch.float64)[:, channels]
         if not fits:
             return started, steps
@@ -85,6 +89,15 @@ def _cutting(field: str, group: str, size: int, method: str, fits: bool) -> Run:
         return fitted, [*steps, *more]
 
     return run
+
+
+def _energy(seen: Moments, norms: list[str], channels: Tensor) -> dict[str, float]:
+    return {norm: float(seen.loud[norm][channels].sum() / seen.loud[norm].sum()) for norm in norms}
+
+
+def _sites(architecture: Architecture, group: str) -> list[str]:
+    """Where the axis is looked at: its norms, or the matrix that reads a factorised table that has none."""
+    return norms_of(architecture, group) or ["embedding.projection"]
 
 
 def _require_enough(seen: Moments, field: str, size: int) -> None:
@@ -109,7 +122,7 @@ def _rotated(
     context: Context, state: State, group: str, field: str, size: int, seen: Moments
 ) -> tuple[State, list[Step], Tensor]:
     """The rotated state, what was done, and the basis."""
-    norms = norms_of(state.architecture, group)
+    norms = _sites(state.architecture, group)
     centred = is_centred(state.architecture, group)
     language = state.architecture.head.language
     if language is None or language.transform is None or not _head_is_as_wide(state.architecture, group):

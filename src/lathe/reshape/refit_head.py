@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -12,10 +13,12 @@ from lathe.reshape.calibrate import Ear, heard
 from lathe.reshape.fitting import Both, Fitting, linear_tensors
 from lathe.reshape.regress import Linear, best
 from lathe.reshape.transform import onto_table, refit_transform
-from lathe.reshape.walk import asked_rows, stack_of
+from lathe.reshape.walk import asked_rows, stack_of, token_rows
 
 _MOST_ROWS = 16_384
 _TABLE_RIDGES = (0.03, 0.3, 3.0, 30.0)
+_TRANSFORM_RIDGES = (1e-4, 1e-2)
+_OTHERS = (0.0, 0.1, 1.0)  # what a row counts that the head is asked nothing about
 _TOKENS = "embedding.tokens.weight"
 _OUTPUT = "head.language.output"
 
@@ -106,25 +109,37 @@ def _transform(work: Fitting, name: str) -> None:
     assert head is not None
     assert head.transform is not None
     assert head.norm is not None
-    rows: dict[str, list[Tensor]] = {"x": [], "old": []}
+    rows: dict[str, list[Tensor]] = {"x": [], "old": [], "asked": []}
+    both = work.child.encoder is not None and work.child.decoder is not None
     for number in range(work.n_fitted):
-        shape = work.streams[1][number].x_BTD.shape[:2]
-        mask = asked_rows(work.child, shape, work.batches[number])
+        shape, batch = work.streams[1][number].x_BTD.shape[:2], work.batches[number]
+        mask = token_rows(name, shape, batch, both=both)
         child, parent = (
             stack_of(model, name).leave(work.streams[which][number].x_BTD).flatten(0, 1)[mask] * scale
             for which, model, scale in zip((1, 0), (work.child, work.parent), _scales(work))
         )
         rows["x"].append(child.double())
         rows["old"].append(head.norm(head.activation(head.transform(parent))).double())
+        rows["asked"].append(asked_rows(work.child, shape, batch)[mask])
         if sum(map(len, rows["x"])) >= _MOST_ROWS:
             break
-    read = _TOKENS if language.tied else "head.language.output.weight"
+    x_ND, old_NE, asked_N = (torch.cat(each) for each in rows.values())
+    read = _TOKENS if language.tied else f"{_OUTPUT}.weight"
     onto = onto_table(work.state.wide(read), work.before.wide(read), work.divergence.often)
-    fitted, step = refit_transform(work.before, work.state, torch.cat(rows["x"]), torch.cat(rows["old"]), onto.T)
-    changed = {
-        n: t for n, t in fitted.tensors.items() if n.startswith("head.language.") and t is not work.state.tensors[n]
-    }
-    if not work.attempt("head.language.transform", changed, step.detail["unexplained"]):
+    before, is_kept = work.state, False
+    for others, ridge in itertools.product(_OTHERS, _TRANSFORM_RIDGES):
+        # Rows that are asked nothing say less of what is asked, but where these are few they say it of more text.
+        weight_N = torch.where(asked_N, 1.0, others).double()
+        if not float(weight_N.sum()) > 0:
+            continue
+        fitted, step = refit_transform(work.before, before, x_ND, old_NE, onto.T, weight_N=weight_N, ridge=ridge)
+        changed = {
+            n: t for n, t in fitted.tensors.items() if n.startswith("head.language.") and t is not before.tensors[n]
+        }
+        is_kept |= work.attempt("head.language.transform", changed, step.detail["unexplained"])
+        if bool(asked_N.all()) and ridge == _TRANSFORM_RIDGES[-1]:
+            break
+    if not is_kept:
         work.left.append("head.language.transform")
 
 

@@ -49,7 +49,16 @@ def transform_rows(model: Transformer, batches: Iterable[Batch]) -> tuple[Tensor
     return torch.cat(inputs).cpu(), torch.cat(normed).cpu()
 
 
-def refit_transform(before: State, state: State, x_ND: Tensor, old_NE: Tensor, into: Tensor) -> tuple[State, Step]:
+def refit_transform(
+    before: State,
+    state: State,
+    x_ND: Tensor,
+    old_NE: Tensor,
+    into: Tensor,
+    *,
+    weight_N: Tensor | None = None,
+    ridge: float = 1e-4,
+) -> tuple[State, Step]:
     """The transform and its norm, fitted so that they give the old vector in the new channels.
 
     Args:
@@ -58,6 +67,8 @@ def refit_transform(before: State, state: State, x_ND: Tensor, old_NE: Tensor, i
         x_ND: the head's input.
         old_NE: what the norm gave.
         into: old channels × new channels.
+        weight_N: how much each row counts; alike where left out.
+        ridge: a share of the inputs' mean square.
     """
     language = state.architecture.head.language
     target_NE = old_NE @ into
@@ -65,9 +76,11 @@ def refit_transform(before: State, state: State, x_ND: Tensor, old_NE: Tensor, i
     assert language.transform is not None
     ones = torch.ones(len(x_ND), 1, dtype=torch.float64)
     design = torch.cat((x_ND, ones), 1)
-    gram = design.T @ design
-    ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
-    fitted = torch.linalg.solve(gram + ridge, design.T @ target_NE)
+    share_N1 = (torch.ones(len(x_ND), dtype=torch.float64) if weight_N is None else weight_N)[:, None]
+    share_N1 = share_N1 / share_N1.sum()
+    gram = (design * share_N1).T @ design
+    held = ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    fitted = torch.linalg.solve(gram + held, (design * share_N1).T @ target_NE)
     scale = _SPREAD / float((design @ fitted).std())
     weight, bias = fitted[:-1].T * scale, fitted[-1] * scale + _BIAS
     inner = ACTIVATION_FUNCTIONS[language.transform](x_ND @ weight.T + bias)
@@ -76,13 +89,15 @@ def refit_transform(before: State, state: State, x_ND: Tensor, old_NE: Tensor, i
         normed = torch.nn.functional.layer_norm(inner, inner.shape[-1:], eps=norm.eps)
     else:
         normed = inner * torch.rsqrt(inner.square().mean(-1, keepdim=True) + norm.eps)
-    mean_n, mean_t = normed.mean(0), target_NE.mean(0)
+    mean_n, mean_t = (normed * share_N1).sum(0), (target_NE * share_N1).sum(0)
     if not norm.bias:  # nothing can move the mean
         mean_n, mean_t = torch.zeros_like(mean_n), torch.zeros_like(mean_t)
     centred = normed - mean_n
-    slope = (centred * (target_NE - mean_t)).sum(0) / centred.square().sum(0).clamp_min(1e-12)
+    slope = (share_N1 * centred * (target_NE - mean_t)).sum(0)
+    slope = slope / (share_N1 * centred.square()).sum(0).clamp_min(1e-12)
     error = target_NE - (slope * centred + mean_t)
-    unexplained = float(error.square().sum() / (target_NE - mean_t).square().sum().clamp_min(1e-300))
+    all_of_it = (share_N1 * (target_NE - mean_t).square()).sum()
+    unexplained = float((share_N1 * error.square()).sum() / all_of_it.clamp_min(1e-300))
     measures = "share of the old vectors' variance that the new ones miss"
     step = Step("refit the head's transform", False, {"unexplained": unexplained}, measures)
     changed = {
@@ -95,7 +110,8 @@ def refit_transform(before: State, state: State, x_ND: Tensor, old_NE: Tensor, i
     if language.bias:
         # What the mean vector said in channels that are gone is a constant for each token: the output bias takes it.
         read = "embedding.tokens.weight" if language.tied else "head.language.output.weight"
-        lost = before.wide(read) @ old_NE.mean(0) - state.wide(read) @ (slope * centred + mean_t).mean(0)
+        given = (share_N1 * (slope * centred + mean_t)).sum(0)
+        lost = before.wide(read) @ (share_N1 * old_NE).sum(0) - state.wide(read) @ given
         changed["head.language.output.bias"] = before.wide("head.language.output.bias") + lost
     return state.with_(changed), step
 

@@ -59,11 +59,13 @@ class Basis:
 
 
 def is_centred(architecture: Architecture, group: str) -> bool:
-    """Whether the norms along `group` remove the mean.
+    """Whether the norms along `group` remove the mean; False where there are none.
 
     Raises:
         RequestError: where one stack's norms do and the other's do not: one basis cannot serve both.
     """
+    if not norms_of(architecture, group):
+        return False
     kinds = {stack.norm.kind for _, stack in architecture.stacks}
     if len(kinds) > 1:
         raise RequestError(
@@ -179,7 +181,10 @@ def rotate(state: State, group: str, field: str, basis: Basis, moments: Moments)
             for parameter, dim in state.along(follower):
                 whole = changed.get(parameter.name, state.wide(parameter.name))
                 changed[parameter.name] = whole.narrow(dim, 0, new)
-    sizes = {field: new, **{f"{name}.norm.eps": s.norm.eps * old / new for name, s in state.architecture.stacks}}
+    sizes: dict[str, object] = {field: new}
+    if group == "residual" and not streams_of(state.architecture, group):
+        # Elsewhere the norms' sizes are not those of the stream alone, and some families' files hold no other eps.
+        sizes |= {f"{name}.norm.eps": s.norm.eps * old / new for name, s in state.architecture.stacks}
     exact = old == new and (is_same or not uneven)
     name = f"rotate {field.removeprefix('embedding.')} {old} → {new}"
     step = Step(name, exact, basis.energy, "share of the stream's energy that each norm still sees")
@@ -205,8 +210,8 @@ def _is_uneven(state: State, norm: str) -> bool:
 
 
 def _is_head_output(parameter: Parameter, group: str) -> bool:
-    """Whether a head writes the axis itself (a transform or projection onto the embedding's width)."""
-    return parameter.component == "head" and group == "embed" and parameter.axes[0].group == group
+    """Whether a head's transform writes the axis itself, the embedding's width."""
+    return group == "embed" and parameter.name.startswith("head.language.transform.")
 
 
 def _norm_after(state: State, norm: str, basis: Basis, moments: Moments, *, frees_mean: bool) -> dict[str, Tensor]:
@@ -244,21 +249,29 @@ def _tied_norm(state: State, norm: str, basis: Basis, moments: Moments, *, frees
     changed = {f"{norm}.weight": fitted * basis.growth}
     if f"{norm}.bias" in state.tensors:
         shift = state.wide(f"{norm}.bias")
-        changed |= _tied_shift(norm, table, new_table, r, shift) if frees_mean else {f"{norm}.bias": r.T @ shift}
+        changed |= (
+            _tied_shift(norm, table, new_table, r, shift, fitted * basis.growth)
+            if frees_mean
+            else {f"{norm}.bias": r.T @ shift}
+        )
     return changed
 
 
-def _tied_shift(norm: str, table: Tensor, new_table: Tensor, r: Tensor, shift: Tensor) -> dict[str, Tensor]:
+def _tied_shift(
+    norm: str, table: Tensor, new_table: Tensor, r: Tensor, shift: Tensor, scale: Tensor
+) -> dict[str, Tensor]:
     """A tied LayerNorm's bias, and a place for what it cannot express.
 
     The centred table has no component along the constant vector, and no LayerNorm sees one that is added. So
-    the part of E·β that E'·β' misses is written there, a constant per token, and β' gets a mean of 1 to read it.
+    the part of E·β that E'·β' misses is written there, a constant per token, and β' gets a mean to read it. The norm's
+    weight reads it too, so that mean is large beside it, and what is written accordingly small.
     """
+    loud = 4.0 * float(scale.square().mean().sqrt().clamp_min(1e-12))
     moved = r.T @ (shift - shift.mean())
     missing = table @ shift - new_table @ moved
     return {
-        f"{norm}.bias": moved + 1.0,
-        "embedding.tokens.weight": new_table + missing[:, None] / new_table.shape[1],
+        f"{norm}.bias": moved + loud,
+        "embedding.tokens.weight": new_table + missing[:, None] / (loud * new_table.shape[1]),
     }
 
 
