@@ -7,7 +7,8 @@ read (it has become the unknown token, which is easy to guess) counts as a guess
 often as the source had tokens for it. Where the vocabulary stays, this is the loss as everywhere else.
 
 For a masked model that is a measure between vocabularies, not a likelihood: a hidden piece is guessed with the rest of
-its word in sight, which flatters small pieces.
+its word in sight, which flatters small pieces, and other pieces are hidden. So a smaller vocabulary never counts as a
+gain: the loss is at least that of the same cut with the vocabulary as it was.
 
 Without text, from batches of token ids alone, a cut is measured by how far its predictions are from the source's: the
 mean Kullback-Leibler divergence in nats a token.
@@ -32,6 +33,7 @@ from lathe.model.transformer import Transformer
 from lathe.reshape.calibrate import Batch
 from lathe.reshape.measure import quality
 from lathe.reshape.resize import resize
+from lathe.reshape.state import Step
 from lathe.reshape.text import Documents, TextSettings, lay
 from lathe.text.tokenizer import Tokenizer
 
@@ -294,6 +296,12 @@ class Trials:
         changes = {**self.fixed, **sizes}
         if not changes:
             return Trial({}, architecture, self.probe.loss(self.model, self._tokenizer))
+        kept: list[Transformer] = [self.model]  # as it was before the vocabulary changed
+
+        def after(model: Transformer, tokenizer: Tokenizer | None, _: Sequence[Step]) -> None:
+            if tokenizer is self._tokenizer:
+                kept[0] = model
+
         try:
             done = resize(
                 self.model,
@@ -304,12 +312,15 @@ class Trials:
                 tokenizer=self._tokenizer,
                 own_form=self._own_form,
                 reserved=self._reserved,
+                after=after,
             )
         except RequestError as error:  # what only the work itself finds out; the plan shows it
             return Trial(dict(sizes), architecture, None, str(error))
         made = Transformer(done.architecture, device="meta")
         made.load_state_dict(dict(done.tensors), assign=True)
         loss = self.probe.loss(made.eval(), done.tokenizer)
+        if done.tokenizer is not self._tokenizer:
+            loss = max(loss, self.probe.loss(kept[0], self._tokenizer))
         if not math.isfinite(loss):
             return Trial(dict(sizes), done.architecture, None, f"the loss is {loss}")
         return Trial(dict(sizes), done.architecture, loss)
