@@ -37,10 +37,10 @@ class Divergence:
         for batch in batches:
             given = _predicted(parent, batch, self._kind)
             if self._kind == "stream":
-                given = (given.double() @ into).to(given.dtype)
+                given = (given.to("cpu", torch.float64) @ into).to(given.dtype)
             if self._kind == "language":
                 given = given.log_softmax(-1)
-                self.often = self.often + given.double().exp().sum(0)
+                self.often = self.often + given.exp().sum(0).to("cpu", torch.float64)
                 positions += len(given)
             self._batches.append(batch)
             self._wanted.append(given)
@@ -66,8 +66,9 @@ class Divergence:
                 missed += float((wanted.exp() * (wanted - given.log_softmax(-1))).sum())
                 total += len(wanted)
             else:
-                missed += float((given.double() - wanted.double()).square().sum())
-                total += float(wanted.double().square().sum())
+                asked = wanted.to("cpu", torch.float64)
+                missed += float((given.to("cpu", torch.float64) - asked).square().sum())
+                total += float(asked.square().sum())
         return missed / max(total, 1e-300)
 
 

@@ -56,7 +56,8 @@ class Fitting:
     ) -> None:
         self.before, self.state, self.into = parent, cut, into
         self.embed, self.by_predictions = embed, by_predictions
-        self.parent, self.child = _built(parent), _built(cut)
+        device = next(iter(fitted[0].values())).device
+        self.parent, self.child = _built(parent, device), _built(cut, device)
         self.batches = [*fitted, *held]
         self.n_fitted = len(fitted)
         self.divergence = Divergence(self.parent, held, into)
@@ -180,7 +181,7 @@ def _bare(norm: nn.Module) -> Callable[[Tensor], Tensor]:
     centred, eps = isinstance(norm, nn.LayerNorm), norm.eps
 
     def normed(x: Tensor) -> Tensor:
-        wide = x.double()
+        wide = x
         if centred:
             wide = wide - wide.mean(-1, keepdim=True)
         return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)  # type: ignore[operator]
@@ -190,19 +191,18 @@ def _bare(norm: nn.Module) -> Callable[[Tensor], Tensor]:
 
 def _noting(notes: list[tuple[Tensor, Tensor]], rows: Tensor) -> Ear:
     def ear(given: Tensor, out: Tensor) -> None:
-        if given.dim() == 2:  # one row a sequence
-            notes.append((given, out))
-            return
-        notes.append((given.flatten(0, -2)[rows], out.flatten(0, -2)[rows]))
+        # One row a sequence where there are two dimensions.
+        both = (given, out) if given.dim() == 2 else (given.flatten(0, -2)[rows], out.flatten(0, -2)[rows])
+        notes.append((both[0].to("cpu", torch.float64), both[1].to("cpu", torch.float64)))
 
     return ear
 
 
-def _built(state: State) -> Transformer:
+def _built(state: State, device: torch.device) -> Transformer:
     dtype = torch.float64 if all(t.dtype == torch.float64 for t in state.tensors.values()) else torch.float32
     cast = state.cast(dtype)
     model = Transformer(cast.architecture, device="meta")
-    model.load_state_dict({n: t.clone() for n, t in cast.tensors.items()}, assign=True)
+    model.load_state_dict({n: t.detach().clone().to(device) for n, t in cast.tensors.items()}, assign=True)
     model.requires_grad_(False)
     return model.eval()
 

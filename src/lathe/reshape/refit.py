@@ -158,8 +158,8 @@ def _write(work: Fitting, path: str, writer: str, run: Run, rows: Callable[[int]
 
     def lacking(p: Notes, c: Notes) -> tuple[Tensor, Tensor, Tensor | None]:
         # A norm before the sublayer sees the stream as it was, one after it the sum.
-        after = p[norm][0].double() + (p[writer][1].double() if pre_norm else 0.0)
-        skip = c[norm][0].double() - (0.0 if pre_norm else c[writer][1].double())
+        after = p[norm][0] + (p[writer][1] if pre_norm else 0.0)
+        skip = c[norm][0] - (0.0 if pre_norm else c[writer][1])
         return c[writer][0], after @ into - skip, 1.0 / _size(after, centred=centred)
 
     pairs = work.gather(run, [writer, norm], rows, lacking)

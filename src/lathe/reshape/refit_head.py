@@ -118,8 +118,9 @@ def _transform(work: Fitting, name: str) -> None:
             stack_of(model, name).leave(work.streams[which][number].x_BTD).flatten(0, 1)[mask] * scale
             for which, model, scale in zip((1, 0), (work.child, work.parent), _scales(work))
         )
-        rows["x"].append(child.double())
-        rows["old"].append(head.norm(head.activation(head.transform(parent))).double())
+        rows["x"].append(child.to("cpu", torch.float64))
+        old = head.norm(head.activation(head.transform(parent)))
+        rows["old"].append(old.to("cpu", torch.float64))
         rows["asked"].append(asked_rows(work.child, shape, batch)[mask])
         if sum(map(len, rows["x"])) >= _MOST_ROWS:
             break
