@@ -43,7 +43,7 @@ def batches(model: lathe.Model, settings: TextSettings) -> Any:
 def test_a_cut_model_comes_nearer_to_its_parent(parent: tuple[lathe.Model, Path]):
     model, file = parent
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    small = lathe.resize(model, d_model=8, calibrate=file)
+    small = lathe.resize(model, d_model=8, calibrate=file, refit=False)  # fitted, there is little left to heal
     assert small.tokenizer is model.tokenizer
     text = batches(model, TextSettings(file=str(file), rows=4, length=32)).one_pass(4)
     distance = Distillation(model, weight=1.0)
