@@ -65,17 +65,20 @@ def attend_reference(
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """`attend` step by step; also returns the attention weights, B × H × T × S, before dropout."""
-    groups = q_BHTK.shape[1] // k_BGSK.shape[1]
-    k_BHSK, v_BHSK = k_BGSK.repeat_interleave(groups, dim=1), v_BGSK.repeat_interleave(groups, dim=1)
+    scores_BHTS = _scores(q_BHTK, k_BGSK, mask, bias_BHTS, scale)
+    v_BHSK = v_BGSK.repeat_interleave(q_BHTK.shape[1] // v_BGSK.shape[1], dim=1)
+    wide = scores_BHTS.float() if scores_BHTS.dtype in (torch.float16, torch.bfloat16) else scores_BHTS
+    weights_BHTS = wide.softmax(dim=-1).to(q_BHTK.dtype)
+    return F.dropout(weights_BHTS, dropout) @ v_BHSK, weights_BHTS
+
+
+def _scores(q_BHTK: Tensor, k_BGSK: Tensor, mask: Mask, bias_BHTS: Tensor | None, scale: float) -> Tensor:
+    k_BHSK = k_BGSK.repeat_interleave(q_BHTK.shape[1] // k_BGSK.shape[1], dim=1)
     scores_BHTS = q_BHTK @ k_BHSK.transpose(-1, -2) * scale
     if bias_BHTS is not None:
         scores_BHTS = scores_BHTS + bias_BHTS
     allowed = mask.dense(q_BHTK.shape[2], k_BGSK.shape[2], q_BHTK.device)
-    if allowed is not None:
-        scores_BHTS = hide(allowed, scores_BHTS)
-    wide = scores_BHTS.float() if scores_BHTS.dtype in (torch.float16, torch.bfloat16) else scores_BHTS
-    weights_BHTS = wide.softmax(dim=-1).to(q_BHTK.dtype)
-    return F.dropout(weights_BHTS, dropout) @ v_BHSK, weights_BHTS
+    return scores_BHTS if allowed is None else hide(allowed, scores_BHTS)
 
 
 def hide(allowed: Tensor, scores: Tensor) -> Tensor:
@@ -133,6 +136,25 @@ class AttentionLayer(nn.Module):
             out_BHTK = _scattered(out_BHTK, sharing)
             seen = None if seen is None else _scattered(seen, sharing)
         return self.o(out_BHTK.transpose(1, 2).flatten(2)), seen
+
+    def scores(
+        self,
+        x_BTD: Tensor,
+        mask: Mask,
+        *,
+        memory_BSD: Tensor | None = None,
+        bias_BHTS: Tensor | None = None,
+        rotation: Rotation | None = None,
+    ) -> Tensor:
+        """What the softmax is given, for who wants to see it: q·k times the scale, and the bias, B × H × T × S.
+
+        The lowest number of the type stands where a key may not be seen.
+        """
+        q_BHTK = _split(self.q(x_BTD), self.spec.n_heads)
+        if rotation is not None:
+            q_BHTK = rotate(q_BHTK, rotation)
+        k_BGSK, _ = self._keys_values(x_BTD, memory_BSD, rotation, None)
+        return _scores(q_BHTK, k_BGSK, mask, bias_BHTS, self.scale)
 
     def _keys_values(
         self, x_BTD: Tensor, memory_BSD: Tensor | None, rotation: Rotation | None, cache: LayerCache | None
