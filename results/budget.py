@@ -29,7 +29,7 @@ def main() -> None:
     words.add_argument("--data", required=True)
     words.add_argument("--keep", type=float, default=0.5, help="the share of the parameters that stays")
     words.add_argument("settings", nargs="*", help="words as lathe resize takes them")
-    given = words.parse_args()
+    given = words.parse_intermixed_args()
     limit = int(given.keep * parameters_of(open_source(given.model).model))
     settings = {**parse_settings(given.settings), "calibrate": given.calibrate, "data": given.data}
     job = open_job(read_request(given.model, {**settings, "max_parameters": limit}))

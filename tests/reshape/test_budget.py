@@ -213,7 +213,7 @@ def test_a_loss_is_counted_for_each_token_of_the_source_whatever_the_vocabulary(
 
 
 def test_a_word_that_can_no_longer_be_read_costs_a_guess_for_each_token_that_it_had():
-    tokenizer = train_tokenizer(words(60, 0), 90, convention="bert")
+    tokenizer = train_tokenizer(words(60, 0), 60, convention="bert")
     source = lathe.preset("bert-base-uncased", head="masked").with_(
         {**TINY, "vocab_size": tokenizer.vocab_size, "max_positions": 64, "tokens.mask": tokenizer.mask_id}
     )

@@ -290,7 +290,11 @@ class _Planning:
                 guess.correct(place, actual)
                 search = Search(prices, guess.of, self.limit)
                 continue
+            known = self.trials.count
             trial = self.trials.of(sizes, made)
+            if self.trials.count == known:  # as large as the budget allows, it was another plan
+                misses -= 1
+                continue
             left -= 1
             if trial.loss is None:
                 continue
@@ -307,12 +311,17 @@ class _Planning:
             field = prices.axes[number].field
             if field not in sizes:
                 continue
+            others = {name: size for name, size in sizes.items() if name != field}
+            made = self.terms.architecture(self.source, others)
+            if made is not None and self.cost.of(made) <= self.limit:
+                sizes = others  # the other cuts are enough
+                continue
             for size in by_field[field].sizes:  # the largest first
                 if size <= sizes[field]:
                     break
-                made = self.terms.architecture(self.source, {**sizes, field: size})
+                made = self.terms.architecture(self.source, {**others, field: size})
                 if made is not None and self.cost.of(made) <= self.limit:
-                    sizes = {**sizes, field: size}
+                    sizes = {**others, field: size}
                     break
         return sizes
 
