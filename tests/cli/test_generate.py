@@ -141,6 +141,13 @@ def test_a_weight_that_is_no_number_is_named(cli, gpt2: Path, tmp_path: Path) ->
     assert "the weight decoder.attention.0.q.weight holds 1 values" in ran.err
 
 
+def test_a_batch_that_no_memory_holds_is_refused_with_the_bytes_it_needs(cli, t5: Path) -> None:
+    ran = cli("generate", t5, "--prompt", "to be", "num_beams=1000", "max_new_tokens=1000000000")
+    assert ran.code == 2
+    assert ran.out == ""
+    assert "1,000 rows of 1,000,000,000 tokens does not fit into memory: it needs 116 TiB" in ran.err
+
+
 def test_an_encoder_decoder_prints_what_it_makes_of_the_prompt(cli, t5: Path) -> None:
     """With the beams that its stored settings ask for, and says what of them is left out."""
     one = cli("generate", t5, "--prompt", "to be", "--special-tokens")
