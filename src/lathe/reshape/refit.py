@@ -17,6 +17,9 @@ is a reader too, and gets a compromise: ridge regression on the head's side, the
 norm before it keeps a weight, which is fitted to the logits, tokens of the vocabulary counted as often as the parent
 predicts them. Layers that share weights are fitted on all of their uses together.
 
+A masked-LM head's transform is no linear layer: it is fitted to be nearly one (`lathe.reshape.transform`) and then led
+towards the parent's predictions (`lathe.reshape.refit_predictions`).
+
 Every eighth row of the text fits nothing. It chooses each ridge and whether a fit is kept: only one that misses less
 of what it should give on that text. In the end the child's predictions are held against the parent's there (KL;
 without a language head, squares). Should they be farther off than before, it all is done again, keeping only what

@@ -11,6 +11,7 @@ from torch import Tensor
 from lathe.blueprint import Parameter, blueprint
 from lathe.reshape.calibrate import Ear, heard
 from lathe.reshape.fitting import Both, Fitting, linear_tensors
+from lathe.reshape.refit_predictions import follow_predictions
 from lathe.reshape.regress import Linear, best
 from lathe.reshape.transform import onto_table, refit_transform
 from lathe.reshape.walk import asked_rows, stack_of, token_rows
@@ -109,7 +110,7 @@ def _transform(work: Fitting, name: str) -> None:
     assert head is not None
     assert head.transform is not None
     assert head.norm is not None
-    rows: dict[str, list[Tensor]] = {"x": [], "old": [], "asked": []}
+    rows: dict[str, list[Tensor]] = {"x": [], "old": [], "asked": [], "streams": []}
     both = work.child.encoder is not None and work.child.decoder is not None
     for number in range(work.n_fitted):
         shape, batch = work.streams[1][number].x_BTD.shape[:2], work.batches[number]
@@ -119,12 +120,13 @@ def _transform(work: Fitting, name: str) -> None:
             for which, model, scale in zip((1, 0), (work.child, work.parent), _scales(work))
         )
         rows["x"].append(child.to("cpu", torch.float64))
+        rows["streams"].append(parent.to("cpu", torch.float64))
         old = head.norm(head.activation(head.transform(parent)))
         rows["old"].append(old.to("cpu", torch.float64))
         rows["asked"].append(asked_rows(work.child, shape, batch)[mask])
         if sum(map(len, rows["x"])) >= _MOST_ROWS:
             break
-    x_ND, old_NE, asked_N = (torch.cat(each) for each in rows.values())
+    x_ND, old_NE, asked_N, h_ND = (torch.cat(each) for each in rows.values())
     read = _TOKENS if language.tied else f"{_OUTPUT}.weight"
     onto = onto_table(work.state.wide(read), work.before.wide(read), work.divergence.often)
     before, is_kept = work.state, False
@@ -142,6 +144,21 @@ def _transform(work: Fitting, name: str) -> None:
             break
     if not is_kept:
         work.left.append("head.language.transform")
+    if not bool(asked_N.any()):
+        return
+    scales, mine = _scales(work), work.child.head.language
+    assert mine is not None
+    led = follow_predictions(
+        mine,
+        work.child.embedding.tokens,
+        x_ND[asked_N] / scales[0],
+        head,
+        work.parent.embedding.tokens,
+        h_ND[asked_N] / scales[1],
+    )
+    label = "head.language.transform, by predictions"
+    if not work.attempt(label, {f"head.language.{tensor}": value for tensor, value in led.items()}):
+        work.left.append(label)
 
 
 def _pooler(work: Fitting, pooled: Tensor | None) -> None:
