@@ -7,8 +7,13 @@ all norms. Tables and writers become `W P`-sided, readers `W P`, and norms get w
 because RMSNorm divides by √d and the new stream has d' channels. At d' = d this changes nothing.
 
 LayerNorm removes the mean as well. With M = I − 11ᵀ/d, take the d'−1 best directions of the centred stream
-and write them in a basis V of d' channels that has no mean itself (Vᵀ1 = 0): R = P Vᵀ. The new stream has
-mean zero in every token, so a stock LayerNorm does what it did.
+and write them in a basis V of d' channels that has no mean itself (Vᵀ1 = 0), and the mean in the mean:
+R = P Vᵀ + 11ᵀ/√(dd'). What a LayerNorm removed before, it removes after.
+
+The kept directions may be turned among themselves. They are turned so that the channels stay as near as they can to
+those that carry most, because some norms keep a weight, which works channel by channel: where a norm's output is the
+stream itself (post-norm, a norm on the embeddings), no reader can take its weight in. There the rotation is only a
+start, and `lathe.reshape.refit` does the rest.
 
 A tied token table reads the final norm's output and also writes the stream, so that norm keeps a scale: the
 diagonal that loses least on the calibration text, found by least squares.
