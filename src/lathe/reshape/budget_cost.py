@@ -3,7 +3,8 @@
 Parameters and bytes follow from the architecture alone and are exact. Milliseconds are measured on the machine at
 hand, because matrix operations say little of them: a small model waits for its layers, not for its products. A model
 that generates is timed at one more token, one row with its key-value cache; an encoder alone at one row of text.
-Weights make no difference to that, so an architecture is timed with drawn ones, the median of several runs.
+Weights make no difference to that, so an architecture is timed with drawn ones. It takes turns with the source, and the
+ratio of their medians counts, in milliseconds of the source: what else the machine does falls on both.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from lathe.architecture import Architecture
 from lathe.blueprint import count, stored
@@ -29,7 +29,7 @@ from lathe.model.transformer import Transformer
 from lathe.planner.quantities import bytes_text, count_text, parse_count
 from lathe.spec import Spec, size, unknown
 
-_ROUNDS, _WARM_UP = 9, 2
+_ROUNDS, _WARM_UP = 15, 2
 _LENGTH = 128  # tokens that a timed model reads, where it has positions for as many
 _BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -194,14 +194,15 @@ class LatencyCost:
         room = [limit - _ROUNDS - _WARM_UP for limit in limits if limit is not None]  # every run adds a token
         self._length = max(1, min([_LENGTH, *room]))
         what = "one row of" if source.decoder is None else "one more token after"
+        self._source, self._base = source, 0.0  # milliseconds, once it was timed
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
         self.measured = (
             f"{what} {self._length} tokens, {str(dtype).removeprefix('torch.')}, on {name} with "
-            f"{torch.get_num_threads()} threads, the median of {_ROUNDS} runs"
+            f"{torch.get_num_threads()} threads, in turns with the source, medians of {_ROUNDS} runs"
         )
 
     def of(self, architecture: Architecture) -> float:
-        """The median of several runs."""
+        """Its median over the source's, in the source's milliseconds."""
         key = architecture.to_json()
         if key not in self._known:
             self._known[key] = self._timed(architecture)
@@ -212,25 +213,28 @@ class LatencyCost:
         return f"{value:.3g} ms"
 
     def _timed(self, architecture: Architecture) -> float:
+        with torch.no_grad():
+            runs = [self._prepared(each) for each in (self._source, architecture)]
+            seconds: tuple[list[float], list[float]] = ([], [])
+            for turn in range(_ROUNDS + _WARM_UP):
+                for run, noted in zip(runs, seconds, strict=True):
+                    self._wait()
+                    started = time.perf_counter()
+                    run()
+                    self._wait()
+                    if turn >= _WARM_UP:
+                        noted.append(time.perf_counter() - started)
+        of_source, own = map(statistics.median, seconds)
+        self._base = self._base or 1000 * of_source
+        return self._base if architecture == self._source else self._base * own / of_source
+
+    def _prepared(self, architecture: Architecture) -> Callable[[], object]:
+        """What is timed, with all that stands before it done."""
         model = Transformer(architecture, seed=0).to(self._device, self._dtype).eval()
         ids = torch.zeros((1, self._length), dtype=torch.long, device=self._device)
         if architecture.tokens.eos:  # a pooler may look for it
             ids[:, -1] = architecture.tokens.eos[0]
-        seconds = []
-        with torch.no_grad():
-            run = self._prepared(model, ids)
-            for turn in range(_ROUNDS + _WARM_UP):
-                self._wait()
-                started = time.perf_counter()
-                run()
-                self._wait()
-                if turn >= _WARM_UP:
-                    seconds.append(time.perf_counter() - started)
-        return 1000 * statistics.median(seconds)
-
-    def _prepared(self, model: Transformer, ids: Tensor) -> Callable[[], object]:
-        """What is timed, with all that stands before it done."""
-        architecture, one = model.architecture, ids[:, :1]
+        one = ids[:, :1]
         if architecture.decoder is None:
             return lambda: model(input_ids=ids)
         slots = self._length + _ROUNDS + _WARM_UP
