@@ -6,4 +6,4 @@ text=$DATA/reviews-ko.text.txt.gz valid=$DATA/reviews-ko.valid.tsv.gz
 test -d tok-reviews || lathe tokenizer tok-reviews --from "$text" vocab_size=16384 convention=bert
 lathe train "$CONFIGS/bert.yaml" data.train="$text" data.validation="$valid" --resume
 python "$CONFIGS/budget.py" bert/checkpoints/last --calibrate "$text" --data "$valid" data.field=document \
-	calibrate.tokens=8192 data.tokens=8192
+	calibrate.tokens=4096 data.tokens=6000
