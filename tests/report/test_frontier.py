@@ -37,3 +37,10 @@ def test_every_model_is_named_in_the_plot_and_the_same_numbers_give_the_same_byt
     for name in ("a.png", "b.png"):
         write_frontier_png(drawn, tmp_path / name, y="loss")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_long_name_leaves_the_plot_its_room():
+    long = Point("refit at d_model 144 (16 of 26 fits left out: one, another and 13 more)", 10, 1.0)
+    endless = Point("x" * 400, 20, 2.0)
+    drawn = frontier_svg([long, endless], y="loss")
+    assert drawn == frontier_svg([Point("refit at d_model 144", 10, 1.0), Point("x" * 33 + "…", 20, 2.0)], y="loss")

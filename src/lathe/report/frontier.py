@@ -15,6 +15,8 @@ from typing import Any
 
 _COLOURS = ("#2f6fab", "#c8553d", "#4a8f55", "#8a5fa8", "#b8860b", "#5c6b73")
 _SHAPES = ("o", "s", "^", "D", "v", "P", "X")
+# Characters of a name that the legend has room for; the tables have the whole name.
+_NAME = 34
 _SETTINGS: Any = {"svg.hashsalt": "lathe", "svg.fonttype": "path", "font.size": 11}
 
 
@@ -77,7 +79,7 @@ def _drawn(points: Sequence[Point], y: str, in_order: bool, form: str) -> Any:
                 color=_COLOURS[number % len(_COLOURS)],
                 marker=_SHAPES[number % len(_SHAPES)],
                 s=60,
-                label=point.name,
+                label=_label(point.name),
                 zorder=2,
             )
         axes.set_xlabel("parameters")
@@ -96,3 +98,9 @@ def _short(value: float) -> str:
         if abs(value) >= size:
             return f"{value / size:.3g}{letter}"
     return f"{value:.0f}"
+
+
+def _label(name: str) -> str:
+    """The name without what stands in brackets at its end, and no longer than the legend has room for."""
+    name = name.split(" (")[0]
+    return name if len(name) <= _NAME else name[: _NAME - 1] + "…"
