@@ -86,8 +86,8 @@ def test_any_setting_is_a_word_and_the_best_beams_come_with_their_scores(cli, gp
     assert ran.out.startswith("to be\n  1  ")
     assert f"{best['score']:.3f}" in ran.out.splitlines()[1]
     banned = [[each] for each in best["ids"]]
-    words = (*words, f"bad_words_ids={json.dumps(banned)}", "--json")
-    assert not set(json.loads(cli(*words).out)["texts"][0]["ids"]) & set(best["ids"])
+    more = (f"bad_words_ids={json.dumps(banned)}", "--json")
+    assert not set(json.loads(cli(*words, *more).out)["texts"][0]["ids"]) & set(best["ids"])
 
 
 def test_a_stop_string_ends_the_text_and_a_stream_prints_the_same(cli, gpt2: Path) -> None:

@@ -41,7 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("t5", "t5-small", None),
         ("bert", "bert-base-uncased", "masked"),
     ):
-        own = {"byte_fallback": False} if name == "t5" else {}
+        own: dict[str, Any] = {"byte_fallback": False} if name == "t5" else {}
         tokenizer = train_tokenizer(documents(60, 0), VOCABULARIES[name], convention=name, **own)
         ids = {"pad": tokenizer.pad_id, "bos": tokenizer.bos_id, "eos": [tokenizer.eos_id] if tokenizer.eos_id else []}
         base = lathe.preset(preset, head=head)

@@ -22,7 +22,7 @@ def model(request: pytest.FixtureRequest) -> lathe.Model:
     return sampler(request.param)
 
 
-def batch(seed: int = 0) -> dict[str, Tensor]:
+def batch(seed: int = 0) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     ids, mask = torch.zeros(2, 3, max(LENGTHS), dtype=torch.long)
     for row, n in enumerate(LENGTHS):
@@ -62,7 +62,12 @@ def diverse(
 @pytest.mark.parametrize(("groups", "penalty"), [(1, 0.0), (2, 0.4), (2, 3.0), (4, 1.5)])
 def test_groups_are_the_papers_algorithm(model: lathe.Model, groups: int, penalty: float) -> None:
     prompts = batch()
-    settings = {"num_beams": 4, "num_beam_groups": groups, "diversity_penalty": penalty, "num_return_sequences": 4}
+    settings: dict[str, Any] = {
+        "num_beams": 4,
+        "num_beam_groups": groups,
+        "diversity_penalty": penalty,
+        "num_return_sequences": 4,
+    }
     found = decode(model, **prompts, **settings, length_penalty=0.0, max_new_tokens=3, **FREE)
     new = found.sequences_RT[:, found.n_prompt :].tolist()
     for row, n in enumerate(LENGTHS):

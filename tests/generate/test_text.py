@@ -122,7 +122,8 @@ def test_the_best_beams_come_with_their_scores(made: tuple[lathe.Model, Tokenize
 def test_a_text_ends_with_the_token_that_completes_a_stop_string(made: tuple[lathe.Model, Tokenizer]) -> None:
     """Wherever it begins; with beams too."""
     model, tokenizer = made
-    for settings in ({}, {"num_beams": 2}):
+    beams: tuple[dict[str, Any], ...] = ({}, {"num_beams": 2})
+    for settings in beams:
         free = complete(model, tokenizer, PROMPTS, max_new_tokens=10, eos_token_id=None, **settings)
         text = next(each.text for each in free if len(each.text.strip()) > 6)
         stop = text.strip()[2:4]

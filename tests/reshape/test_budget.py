@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from lathe.reshape.text import Documents, TextSettings
 from lathe.text.train import train_tokenizer
 
 TINY = {"d_model": 16, "n_layers": 2, "n_heads": 2, "d_head": 8, "d_ff": 24, "vocab_size": 64}
-NO_IDS = {"tokens.eos": [], "tokens.bos": None, "tokens.pad": None, "tokens.decoder_start": None}
+NO_IDS: dict[str, Any] = {"tokens.eos": [], "tokens.bos": None, "tokens.pad": None, "tokens.decoder_start": None}
 
 
 def rows(seed: int = 0) -> list[torch.Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -43,10 +45,12 @@ def test_bert_becomes_electra_becomes_albert(tmp_path):
     albert = lathe.resize(electra, family="albert", sharing="all", calibrate=batches)
     for name, model in (("electra", electra), ("albert", albert)):
         stock = reopened(model, tmp_path / name)
-        assert stock.config.model_type == name
-        assert stock.config.embedding_size == 8
+        config: Any = stock.config
+        assert config.model_type == name
+        assert config.embedding_size == 8
         torch.testing.assert_close(logits(stock), logits(model), rtol=1e-4, atol=1e-4)
     assert [step.name for step in electra.steps if step.exact] == ["family bert → electra"]
+    assert albert.architecture.encoder is not None
     assert albert.architecture.encoder.n_attentions == 1
     assert not all(step.exact for step in albert.steps)
 
@@ -68,6 +72,7 @@ def test_an_albert_unshared_becomes_an_electra(tmp_path):
     albert = lathe.Model(a.with_({"head.language.transform": "gelu"}), seed=0)
     electra = lathe.resize(albert, family="electra")
     assert all(step.exact for step in electra.steps)
+    assert electra.architecture.encoder is not None
     assert electra.architecture.encoder.n_attentions == 2
     torch.testing.assert_close(logits(electra), logits(albert), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits(reopened(electra, tmp_path / "e")), logits(albert), rtol=1e-4, atol=1e-5)

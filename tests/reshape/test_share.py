@@ -109,13 +109,15 @@ def permute(model: Transformer, path: str, orders: dict[str, torch.Tensor]) -> N
 def test_alignment_changes_no_layer(drawn):
     name, stack = next(drawn.stacks)
     model = build(drawn.with_({"sharing": "none", f"{name}.n_layers": 2}))
-    state, changed = state_of(model), {}
+    state = state_of(model)
+    changed: dict[str, torch.Tensor] = {}
     for kind in ("attention", "feed_forward"):
-        parts = [
+        first, second = (
             {n.removeprefix(f"{name}.{kind}.{i}."): t for n, t in state.tensors.items() if f"{name}.{kind}.{i}." in n}
             for i in range(2)
-        ]
-        new = align_attention(*parts, stack) if kind == "attention" else align_feed_forward(*parts)
+        )
+        attention = kind == "attention"
+        new = align_attention(first, second, stack) if attention else align_feed_forward(first, second)
         changed |= {f"{name}.{kind}.1.{leaf}": tensor for leaf, tensor in new.items()}
     torch.testing.assert_close(outputs(rebuilt(state.with_(changed))), outputs(model), rtol=1e-7, atol=1e-9)
 

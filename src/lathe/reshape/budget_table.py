@@ -20,7 +20,7 @@ def amount(plan: Mapping[str, Any], value: float) -> str:
 
 def plan_cells(plan: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Each axis, from what to what, what that saves and costs; all of them together in the last row."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for row in plan["rows"]:
         cut = row["new"] != row["old"]
         loss = "–" if row["loss"] is None else f"{'' if row['is_measured'] else '≈ '}{row['loss']:.4f}"
@@ -75,8 +75,9 @@ def sentences(plan: Mapping[str, Any]) -> list[str]:
 
 
 def text(plan: Mapping[str, Any]) -> str:
-    """The plan as a table and sentences."""
-    return "\n".join([*_aligned([PLAN, *plan_cells(plan)]), "", *sentences(plan)])
+    """The plan as two tables and sentences: axis by axis, and beside every single axis that meets the budget."""
+    tables = [*_aligned([PLAN, *plan_cells(plan)]), "", *_aligned([ALONE, *alone_cells(plan)])]
+    return "\n".join([*tables, "", *sentences(plan)])
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -219,7 +219,8 @@ def _predicted(model: Transformer, batch: Batch) -> Tensor:
         mask = batch.get("decoder_attention_mask")
     if mask is not None and mask.numel() == len(logits):
         logits = logits[mask.flatten().bool()]
-    return logits.log_softmax(-1)
+    found: Tensor = logits.log_softmax(-1)
+    return found
 
 
 def _apart(batches: list[dict[str, Tensor]]) -> tuple[list[Batch], list[Batch]]:

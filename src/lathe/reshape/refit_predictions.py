@@ -49,6 +49,6 @@ def follow_predictions(
             given = head(x_ND[rows][None], table).log_softmax(-1)
             loss = (wanted.exp() * (wanted - given)).sum(-1).mean()
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         optimiser.step()
     return {name: tensor.detach().to("cpu", torch.float64) for name, tensor in moving.items()}

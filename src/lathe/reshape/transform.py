@@ -126,7 +126,8 @@ def onto_table(new_VE: Tensor, old_VD: Tensor, often_V: Tensor | None = None) ->
     # What is added to every token's logit alike changes no prediction, so the tables count about their mean.
     new, old = new_VE - weight @ new_VE, old_VD - weight @ old_VD
     left = new.T * weight
-    return torch.linalg.pinv(left @ new, hermitian=True, rtol=1e-8) @ (left @ old)
+    found: Tensor = torch.linalg.pinv(left @ new, hermitian=True, rtol=1e-8) @ (left @ old)
+    return found
 
 
 def loudest_directions(rows_NE: Tensor, width: int) -> Tensor:
