@@ -139,18 +139,9 @@ def _show_plan(plan: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         emit_json({"budget": dict(plan)})
         return
-    from rich.table import Table
+    from lathe.reshape.budget_table import text
 
-    from lathe.reshape.budget_table import ALONE, PLAN, alone_cells, plan_cells, sentences
-
-    console = answers()
-    for header, rows in ((PLAN, plan_cells(plan)), (ALONE, alone_cells(plan))):
-        table = Table(*header)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-    for line in sentences(plan):
-        console.print(line, soft_wrap=True)
+    answers().print(text(plan), soft_wrap=True)
 
 
 def _require_free(destination: Path) -> None:
