@@ -70,8 +70,9 @@ def test_bytes_are_those_of_the_file(preset: str | None, tmp_path: Path):
     architecture = lathe.preset(preset or "gpt2").with_({**TINY, **NO_IDS, "tokens.mask": None})
     if preset is None:
         architecture = architecture.with_(d_head=5)  # only Lathe's own form holds it
-    lathe.Model(architecture, seed=0).save(tmp_path / "model")
-    assert ByteCost(torch.float32).of(architecture) == (tmp_path / "model/model.safetensors").stat().st_size
+    for dtype in (torch.float32, torch.bfloat16):
+        lathe.Model(architecture, seed=0, dtype=dtype).save(tmp_path / str(dtype))
+        assert ByteCost(dtype).of(architecture) == (tmp_path / str(dtype) / "model.safetensors").stat().st_size
 
 
 @pytest.mark.parametrize("preset", ["gpt2", "t5-small", "bert-base-uncased"])

@@ -156,6 +156,7 @@ class ByteCost:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._itemsize = torch.empty(0, dtype=dtype).element_size()
+        self._named = "BF16" if dtype == torch.bfloat16 else f"F{8 * self._itemsize}"  # in the file's header
 
     def of(self, architecture: Architecture) -> float:
         """The size of the file. A checkpoint of several files is a few bytes larger for each."""
@@ -168,7 +169,7 @@ class ByteCost:
         offset = 0
         for name, shape in sorted(shapes):
             end = offset + self._itemsize * torch.Size(shape).numel()
-            header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
+            header[name] = {"dtype": self._named, "shape": list(shape), "data_offsets": [offset, end]}
             offset = end
         length = len(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode())
         return float(8 + length + -length % 8 + offset)
