@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lathe.errors import RequestError
 from lathe.generate.decode import decode, steps
 from lathe.generate.settings import Settings
+from lathe.generate.single import Step
 from lathe.generate.watch import Watch
 from lathe.model.transformer import Transformer
 from lathe.text.tokenizer import Tokenizer
@@ -98,9 +99,21 @@ def stream(
             "streamed where there is one; pass 1 for both, or do not stream"
         )
     before = tokenizer.encode(prompt) if model.encoder is None else []
+    chosen = steps(model, **batch, stored=stored, tokenizer=tokenizer, **settings)
+    yield from spelled(tokenizer, before, chosen, keep_special_tokens)
+
+
+def spelled(
+    tokenizer: Tokenizer, before: list[int], chosen: Iterable[Step], keep_special_tokens: bool = False
+) -> Iterator[str]:
+    """The text of one row's steps, piece by piece as `stream` gives it.
+
+    Args:
+        before: the ids that the row follows, which its first token may be spelled after.
+    """
     ids: list[int] = []
     given = 0
-    for step in steps(model, **batch, stored=stored, tokenizer=tokenizer, **settings):
+    for step in chosen:
         ids.append(int(step.tokens_B[0]))
         settled = _settled(tokenizer, ids)
         # An unfinished character decodes to the replacement character, which the next token may complete.

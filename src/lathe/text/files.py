@@ -26,7 +26,8 @@ PIECES = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 
 # Each of these alone makes a directory one with a tokenizer.
 VOCABULARIES = (TOKENIZER, *PIECES, VOCAB_TEXT, VOCAB_JSON)
-FILES = (*VOCABULARIES, MERGES, CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, "chat_template.jinja", "chat_template.json")
+CHAT_TEMPLATE = "chat_template.jinja"
+FILES = (*VOCABULARIES, MERGES, CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, CHAT_TEMPLATE, "chat_template.json")
 TEMPLATES = "additional_chat_templates"
 
 _LFS_START = b"version https://git-lfs"

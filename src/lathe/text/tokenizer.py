@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from lathe.errors import RequestError
 from lathe.text import files as names
@@ -23,6 +23,8 @@ from lathe.text import pipeline
 from lathe.text.batch import Batch, Padding, Side, pad, row_length, share
 from lathe.text.conventions import SENTINEL, SPACE
 from lathe.text.settings import Settings, read_model_type, read_settings
+from lathe.text.template import DEFAULT, render, stored_templates
+from lathe.text.templates import TEMPLATES
 
 if TYPE_CHECKING:
     import tokenizers
@@ -331,6 +333,106 @@ class Tokenizer:
             length=length,
             token_types=[each.type_ids for each in encodings] if self.uses_token_types else None,
         )
+
+    # --- conversations ---------------------------------------------------------------------------------------
+
+    @cached_property
+    def chat_templates(self) -> dict[str, str]:
+        """The chat templates that came with it, by name; the one without a name is `default`."""
+        return stored_templates(self._files)
+
+    def chat_template(self, name: str | None = None) -> str:
+        """A chat template's text.
+
+        Args:
+            name: of one that came with the tokenizer, or of one of `lathe.text.templates`; a text with a brace in it
+                is a template itself. Default: the tokenizer's own.
+
+        Raises:
+            RequestError: there is no such template, or the tokenizer lacks the tokens that it marks turns with.
+        """
+        own = self.chat_templates
+        known = f"expected {', '.join([*own, *(each for each in TEMPLATES if each not in own)])}"
+        if name is None:
+            if DEFAULT in own:
+                return own[DEFAULT]
+            if own:
+                raise RequestError(f"this tokenizer has several chat templates and no default: {known}")
+            raise RequestError(
+                f"this tokenizer has no chat template, as a base model's has none: name the one that the model was "
+                f"trained with ({', '.join(TEMPLATES)}), or give one in jinja"
+            )
+        if name in own or "{" in name:
+            return own.get(name, name)
+        if name not in TEMPLATES:
+            raise RequestError(f"there is no chat template {name!r}: {known}, or a template in jinja")
+        missing = [token for token in TEMPLATES[name].tokens if self.token_id(token) is None]
+        if missing:
+            raise RequestError(
+                f"the chat template {name!r} marks turns with {', '.join(missing)}, which this tokenizer lacks: "
+                f"name another one ({', '.join(each for each in TEMPLATES if each != name)})"
+            )
+        return TEMPLATES[name].source
+
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tokenize: Literal[True] = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        tools: object = None,
+        **variables: Any,
+    ) -> list[int]: ...
+
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tokenize: Literal[False],
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        tools: object = None,
+        **variables: Any,
+    ) -> str: ...
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tokenize: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        tools: object = None,
+        **variables: Any,
+    ) -> list[int] | str:
+        """A conversation as the model was trained to read it; what `transformers` gives with `return_dict=False`.
+
+        Args:
+            messages: `{"role": "user", "content": "…"}` and so on; roles are the template's to know.
+            tokenize: give ids, which hold the special tokens that the template writes and no others; else the text.
+            chat_template: as for `chat_template`.
+            add_generation_prompt: end where an answer begins.
+            tools: has to be None: Lathe calls no functions.
+            variables: what else the template reads, such as `enable_thinking=False`.
+
+        Raises:
+            RequestError: tools, no such template, or messages or variables that it does not take.
+        """
+        for name, value in (("tools", tools), ("documents", variables.pop("documents", None))):
+            if value is not None:
+                raise RequestError(f"{name}: not supported; say in the system message what the model is to know")
+        tokens = {f"{role}_token": token for role, token in self._settings.roles.items()}
+        text = render(
+            self.chat_template(chat_template),
+            messages,
+            tokens,
+            add_generation_prompt=add_generation_prompt,
+            variables=variables,
+        )
+        return self.encode(text, add_special_tokens=False) if tokenize else text
 
     # --- inside --------------------------------------------------------------------------------------------
 
