@@ -128,14 +128,14 @@ def decode(
     >>> found.sequences_RT.shape, bool(found.scores_R[0] >= found.scores_R[1])
     (torch.Size([2, 7]), True)
     """
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         task, prompt = _prepare(
             model,
             input_ids,
             attention_mask,
             decoder_input_ids,
             decoder_attention_mask,
-            _resolve(model, settings, stored),
+            resolve_settings(model, settings, stored),
             tokenizer,
         )
         task = replace(task, watch=watch)
@@ -162,10 +162,10 @@ def steps(
     >>> sum(len(step.tokens_B) for step in steps(model, torch.tensor([[5, 6, 1]]), max_new_tokens=4))
     4
     """
-    resolved = _resolve(model, settings, stored)
+    resolved = resolve_settings(model, settings, stored)
     if resolved.num_beams > 1:
         raise RequestError(f"num_beams={resolved.num_beams}: beams have no text before they end; pass num_beams=1")
-    with _evaluating(model):
+    with evaluating(model):
         with torch.no_grad():  # not around a yield: the caller's own work may need gradients
             task, _ = _prepare(model, input_ids, attention_mask, None, None, resolved, tokenizer)
         yield from tokens(task)
@@ -181,7 +181,7 @@ def _prepare(
     tokenizer: Tokenizer | None,
 ) -> tuple[Task, Prompt]:
     """What there is to do, the encoder's part done, and the prompt as it was given."""
-    stops = _stops(model, tokenizer, settings)
+    stops = stop_strings(model, tokenizer, settings)
     memory, source = None, None
     if model.encoder is None:
         if decoder_input_ids is not None or decoder_attention_mask is not None:
@@ -239,7 +239,7 @@ def _after(prompt: Prompt, new_RT: Tensor) -> Tensor:
     return torch.cat((ids_RT, new_RT), dim=1)
 
 
-def _stops(model: Transformer, tokenizer: Tokenizer | None, settings: Settings) -> StopStrings | None:
+def stop_strings(model: Transformer, tokenizer: Tokenizer | None, settings: Settings) -> StopStrings | None:
     if not settings.stop_strings:
         return None
     tokenizer = tokenizer or getattr(model, "tokenizer", None)  # `lathe.Model` carries its own
@@ -251,7 +251,7 @@ def _stops(model: Transformer, tokenizer: Tokenizer | None, settings: Settings) 
     return StopStrings(tokenizer, settings.stop_strings)
 
 
-def _resolve(model: Transformer, settings: Mapping[str, Any], stored: Mapping[str, Any] | None) -> Settings:
+def resolve_settings(model: Transformer, settings: Mapping[str, Any], stored: Mapping[str, Any] | None) -> Settings:
     """The settings, after refusing a model that cannot generate."""
     architecture = model.architecture
     if architecture.decoder is None:
@@ -286,7 +286,7 @@ def _encode(
 
 
 @contextmanager
-def _evaluating(model: Transformer) -> Iterator[None]:
+def evaluating(model: Transformer) -> Iterator[None]:
     """No dropout meanwhile; every module afterwards as it was."""
     training = [module for module in model.modules() if module.training]
     model.eval()

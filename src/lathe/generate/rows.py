@@ -81,29 +81,39 @@ class Rows:
             self.memory = replace(self.memory, hidden_BSD=self.memory.hidden_BSD[sources_B], padding_BS=padding_BS)
         self.cache.reorder(rows_B)
 
-    @torch.no_grad()
     def _read(self, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
-        if self.memory is None:
-            out: Output = self.model(
-                input_ids=ids_BT, attention_mask=mask_BT, past_key_values=self.cache, logits_to_keep=1
-            )
-        else:
-            out = self.model(
-                decoder_input_ids=ids_BT,
-                decoder_attention_mask=mask_BT,
-                encoder_outputs=self.memory,
-                past_key_values=self.cache,
-                logits_to_keep=1,
-            )
-        assert out.logits is not None
-        logits_BV = out.logits[:, -1].float()
-        if not bool(logits_BV.isfinite().all()):
-            _explain_no_numbers(self.model)
-        return logits_BV
+        return next_logits(self.model, ids_BT, mask_BT, self.cache, self.memory)
 
 
-def _explain_no_numbers(model: Transformer) -> None:
-    """Raise the error that says why logits are not numbers: a damaged weight, or a type too narrow."""
+@torch.no_grad()
+def next_logits(
+    model: Transformer, ids_BT: Tensor, mask_BT: Tensor | None, cache: Cache, memory: Memory | None
+) -> Tensor:
+    """Read ids into the cache; the logits of each row's next token, B × V, float32.
+
+    Args:
+        mask_BT: 1 for a token, 0 for a pad, none of which is in the last column; None where all are tokens.
+        memory: the encoder's output, where there is one.
+    """
+    if memory is None:
+        out: Output = model(input_ids=ids_BT, attention_mask=mask_BT, past_key_values=cache, logits_to_keep=1)
+    else:
+        out = model(
+            decoder_input_ids=ids_BT,
+            decoder_attention_mask=mask_BT,
+            encoder_outputs=memory,
+            past_key_values=cache,
+            logits_to_keep=1,
+        )
+    assert out.logits is not None
+    logits_BV = out.logits[:, -1].float()
+    if not bool(logits_BV.isfinite().all()):
+        explain_no_numbers(model)
+    return logits_BV
+
+
+def explain_no_numbers(model: Transformer) -> None:
+    """Raise the error that says why what a model gives is no number: a damaged weight, or a type too narrow."""
     for name, tensor in model.named_parameters():
         bad = int((~tensor.isfinite()).sum())
         if bad:
@@ -112,6 +122,6 @@ def _explain_no_numbers(model: Transformer) -> None:
                 "damaged; use an earlier checkpoint of it"
             )
     raise LatheError(
-        f"the model's logits are not all numbers, though its weights are: {model.dtype} is too narrow for them; "
+        f"the model's results are not all numbers, though its weights are: {model.dtype} is too narrow for them; "
         "load it as torch.float32"
     )

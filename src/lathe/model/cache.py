@@ -12,6 +12,8 @@ read the same ones: `memory` then has a row for each prompt and not for each row
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -158,6 +160,21 @@ class Cache:
         new_BGSK = old_BGSK.new_zeros(len(rows_B), *old_BGSK.shape[1:])
         new_BGSK[:, :, : self.filled] = old_BGSK[rows_B, :, : self.filled]
         return new_BGSK
+
+    def part(self, first: int, lengths_B: Tensor, filled: int) -> Cache:
+        """Rows from `first` on as a cache of their own, in the same memory; what it reads of an encoder is not set.
+
+        Args:
+            lengths_B: how many tokens each of the rows holds already.
+            filled: the slots that are read before any is added: with the columns to come, at most `capacity`.
+        """
+        rows = slice(first, first + len(lengths_B))
+        part = copy.copy(self)
+        part.lengths_B, part.filled = lengths_B, filled
+        part.rows_B1 = torch.arange(len(lengths_B), device=lengths_B.device)[:, None]
+        part.layers = [LayerCache(part, *(tensor[rows] for tensor in layer.read())) for layer in self.layers]
+        part.memory = [LayerCache() for _ in self.memory]
+        return part
 
     @property
     def nbytes(self) -> int:
