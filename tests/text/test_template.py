@@ -145,8 +145,8 @@ def text(name: str, messages: list[dict[str, Any]], prompt: bool = False) -> str
         (
             "vicuna",
             (
-                "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-                "detailed, and polite answers to the user's questions. USER: Why is the sky blue? ASSISTANT:"
+                "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+                "helpful, detailed, and polite answers to the user's questions. USER: Why is the sky blue? ASSISTANT:"
             ),
             "<s>Be brief. USER: Why is the sky blue? ASSISTANT: Light.</s>USER: 한국어로 <b>? ASSISTANT:",
         ),

@@ -35,6 +35,7 @@ VERBS: dict[str, str] = {
     "report": "lathe.cli.report",
     "adapt": "lathe.cli.adapt",
     "generate": "lathe.cli.generate",
+    "chat": "lathe.cli.chat",
     "look": "lathe.cli.look",
     "tokenize": "lathe.cli.tokenize",
     "tokenizer": "lathe.cli.tokenizer",
