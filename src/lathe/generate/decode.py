@@ -240,6 +240,7 @@ def _after(prompt: Prompt, new_RT: Tensor) -> Tensor:
 
 
 def stop_strings(model: Transformer, tokenizer: Tokenizer | None, settings: Settings) -> StopStrings | None:
+    """What looks for the settings' stop strings; RequestError where there is no tokenizer to look with."""
     if not settings.stop_strings:
         return None
     tokenizer = tokenizer or getattr(model, "tokenizer", None)  # `lathe.Model` carries its own
