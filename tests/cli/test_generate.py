@@ -141,6 +141,32 @@ def test_a_weight_that_is_no_number_is_named(cli, gpt2: Path, tmp_path: Path) ->
     assert "the weight decoder.attention.0.q.weight holds 1 values" in ran.err
 
 
+def test_the_prompts_of_a_file_take_turns_and_give_what_they_give_alone(cli, gpt2: Path, tmp_path: Path) -> None:
+    lines = ["to be", "the quick brown fox", "or", "slings and arrows"]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines) + "\n")
+    how = ("--max-new-tokens", "5", "--json")
+    for slots in ([], ["--slots", "1"], ["--slots", "3"]):
+        found = json.loads(cli("generate", gpt2, "--file", tmp_path / "prompts.txt", *slots, *how).out)["texts"]
+        assert [each["prompt"] for each in found] == lines
+        for line, each in zip(lines, found):
+            (alone,) = json.loads(cli("generate", gpt2, "--prompt", line, *how).out)["texts"]
+            assert (each["text"], each["ids"]) == (alone["text"], alone["ids"])
+
+
+def test_turns_are_refused_where_there_are_none(cli, gpt2: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("to be\n")
+    file = ("--file", tmp_path / "prompts.txt")
+    for words, message in (
+        (["--prompt", "to be", "--slots", "2"], "--slots 2: the prompts of --file"),
+        ([*file, "--slots", "2", "--explain"], "--slots 2: the prompts of --file"),
+        ([*file, "--slots", "0"], "slots=0: expected at least 1"),
+        ([*file, "--slots", "2", "num_beams=2"], "num_beams=2: rows that take turns"),
+    ):
+        ran = cli("generate", gpt2, *words)
+        assert (ran.code, ran.out) == (2, "")
+        assert message in ran.err
+
+
 def test_a_batch_that_no_memory_holds_is_refused_with_the_bytes_it_needs(cli, t5: Path) -> None:
     ran = cli("generate", t5, "--prompt", "to be", "num_beams=1000", "max_new_tokens=1000000000")
     assert ran.code == 2

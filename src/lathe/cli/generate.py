@@ -43,6 +43,10 @@ def command(
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest with this much chance; samples.")] = None,
     num_return_sequences: Annotated[int | None, typer.Option(help="How many samples, or best beams, a prompt.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same samples.")] = None,
+    slots: Annotated[
+        int | None,
+        typer.Option(help="Of --file, how many rows go at once; left out: what half of the free memory holds."),
+    ] = None,
     special_tokens: Annotated[bool, typer.Option("--special-tokens", help="Keep </s>, sentinels and so on.")] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print one prompt's text while it is written.")] = False,
     explain: Annotated[
@@ -70,7 +74,12 @@ def command(
         raise RequestError(
             "--stream prints one prompt's text as it is written; leave out --json and --explain and give one prompt"
         )
-    _run(model, adapter, prompts, settings, special_tokens, stream, explain, device, as_json)
+    if slots is not None and (file is None or explain or stream):
+        raise RequestError(
+            f"--slots {slots}: the prompts of --file take turns; give --file, without --explain or --stream"
+        )
+    turns = file is not None and not explain
+    _run(model, adapter, prompts, settings, special_tokens, stream, explain, device, as_json, turns, slots)
 
 
 def _settings(words: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,13 +119,15 @@ def _run(
     explain: bool,
     device: str | None,
     as_json: bool,
+    turns: bool,
+    slots: int | None,
 ) -> None:
     import secrets
 
     from lathe.cli.output import emit_json, say, write
     from lathe.generate.explain import Explanation, lines
-    from lathe.generate.settings import turned_off
-    from lathe.generate.text import complete
+    from lathe.generate.settings import Settings, turned_off
+    from lathe.generate.text import complete, complete_in_turns
 
     model = _load(name, adapter, _device(device))
     if model.tokenizer is None:
@@ -131,15 +142,12 @@ def _run(
         return
     explanation = Explanation(model.tokenizer) if explain else None
     started = time.perf_counter()
-    found = complete(
-        model,
-        model.tokenizer,
-        prompts,
-        stored=model.generation,
-        keep_special_tokens=special_tokens,
-        watch=explanation,
-        **settings,
-    )
+    common: dict[str, Any] = {"stored": model.generation, "keep_special_tokens": special_tokens, **settings}
+    # Beams have no turns: they are searched in one batch, unless --slots asked for turns, which are then refused.
+    if turns and (slots is not None or Settings.resolve(model.architecture, settings, model.generation).num_beams == 1):
+        found = complete_in_turns(model, model.tokenizer, prompts, slots=slots, **common)
+    else:
+        found = complete(model, model.tokenizer, prompts, watch=explanation, **common)
     seconds = time.perf_counter() - started
     n_tokens = sum(len(each.ids) for each in found)
     if as_json:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lathe.errors import RequestError
+from lathe.generate.continuous import decode_rows
 from lathe.generate.decode import decode, steps
 from lathe.generate.settings import Settings
 from lathe.generate.single import Step
@@ -72,6 +73,31 @@ def complete(
         before = tokenizer.encode(prompt) if model.encoder is None else []
         text = _added(tokenizer, before, ids, skip=not keep_special_tokens)
         texts.append(Completion(prompt, text, ids, ended, log_probs[number][:length], score))
+    return texts
+
+
+def complete_in_turns(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    slots: int | None = None,
+    stored: Mapping[str, Any] | None = None,
+    keep_special_tokens: bool = False,
+    **settings: Any,
+) -> list[Completion]:
+    """What `complete` gives for any number of prompts, `slots` rows at once: one that ends makes room for the next.
+
+    Args and errors are `complete`'s and those of `lathe.generate.continuous.rows_as_finished`, which has no beams.
+    """
+    resolved, each = Settings.resolve(model.architecture, settings, stored), _ids(tokenizer, prompts)
+    rows = decode_rows(model, each, slots=slots, stored=stored, tokenizer=tokenizer, **settings)
+    texts = []
+    for row in rows:
+        number = row.number // resolved.num_return_sequences
+        before = each[number] if model.encoder is None else []
+        text = _added(tokenizer, before, row.ids, skip=not keep_special_tokens)
+        texts.append(Completion(prompts[number], text, row.ids, row.ended, row.log_probs, sum(row.log_probs)))
     return texts
 
 
@@ -143,16 +169,23 @@ def _read(
     settings: Mapping[str, Any],
 ) -> tuple[Settings, dict[str, Any]]:
     """The settings, and the prompts as ids and a mask."""
-    if not prompts:
-        raise RequestError("there is no prompt; give at least one text")
-    for number, ids in enumerate(tokenizer.encode_batch(prompts), start=1):
-        if not ids:
-            raise RequestError(f"prompt {number} is {prompts[number - 1]!r} and holds no token; expected some text")
+    _ids(tokenizer, prompts)
     resolved = Settings.resolve(model.architecture, settings, stored)
     # A tokenizer without a padding token fills up with any id: the mask hides it.
     fill = (tokenizer.eos_id or 0) if tokenizer.pad_id is None else None
     batch = tokenizer(list(prompts), padding_side="left" if model.encoder is None else None, pad_id=fill)
     return resolved, {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+
+
+def _ids(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    """The ids of each prompt; RequestError where there is none, or one without a token."""
+    if not prompts:
+        raise RequestError("there is no prompt; give at least one text")
+    rows = tokenizer.encode_batch(prompts)
+    for number, ids in enumerate(rows, start=1):
+        if not ids:
+            raise RequestError(f"prompt {number} is {prompts[number - 1]!r} and holds no token; expected some text")
+    return rows
 
 
 def _added(tokenizer: Tokenizer, before: list[int], new: list[int], *, skip: bool) -> str:

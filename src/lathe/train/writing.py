@@ -1,8 +1,9 @@
 """What a sequence-to-sequence model writes for the sources of a corpus, next to what it should have written.
 
-The encoder reads the very ids that the objective gives it in training, its shortening included. Texts are written in
-batches of sources of similar length, the shortest first: a batch runs as long as its longest text, so a long one
-among short ones makes all of them wait. The answers come back in the corpus's order.
+The encoder reads the very ids that the objective gives it in training, its shortening included. One token at a time, a
+text that ends makes room for the next source (`lathe.generate.continuous`). Beams are searched in batches of sources of
+similar length: a batch runs as long as its longest text, so a long one among short ones makes all of them wait. The
+shortest sources come first, and the answers in the corpus's order.
 
 Shape suffixes: B batch, T positions.
 """
@@ -17,7 +18,9 @@ import numpy as np
 import torch
 
 from lathe.data.corpus import Corpus
+from lathe.errors import RequestError
 from lathe.generate import generate
+from lathe.generate.continuous import rows_as_finished
 from lathe.generate.settings import Settings
 from lathe.model.transformer import Transformer
 from lathe.objectives.seq2seq import Seq2Seq
@@ -49,22 +52,34 @@ def write_all(
         settings: as for `lathe.generate.generate`. A seed gives each text a stream of its own, whatever the batch.
         stored: the generation settings that came with the model.
         batch: how many texts are written at once.
-        on_done: called after each batch with how many texts it held.
+        on_done: called with how many texts have come to their end since the last call.
 
     Raises:
         RequestError: what `generate` refuses.
     """
     resolved = Settings.resolve(model.architecture, settings, stored)
-    seed = settings.get("seed")
     sources = [_source(objective, corpus, number) for number in range(len(corpus))]
     order = sorted(range(len(sources)), key=lambda number: len(sources[number]))
+    seed = settings.get("seed")
+    if seed is not None and not isinstance(seed, int):
+        raise RequestError(f"seed={seed}: expected one number; each text has a stream of its own by it")
+
+    def given(chosen: Sequence[int]) -> dict[str, Any]:
+        seeds = {} if seed is None else {"seed": tuple(seed + number for number in chosen)}
+        return {**settings, **seeds, "stored": stored, "tokenizer": tokenizer}
+
     found: dict[int, Written] = {}
+    if resolved.num_beams == 1 and resolved.num_return_sequences == 1:
+        ids = [sources[number] for number in order]
+        for row in rows_as_finished(model, ids, slots=batch, **given(order)) if ids else ():
+            found[order[row.number]] = _read(tokenizer, row.ids, resolved.eos_token_id)
+            if on_done is not None:
+                on_done(1)
+        return [found[number] for number in range(len(sources))]
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
-        seeds = {} if seed is None else {"seed": tuple(seed + number for number in chosen)}
         ids_BT, mask_BT = _padded([sources[number] for number in chosen], resolved.filler)
-        given = {**settings, **seeds}
-        rows = generate(model, ids_BT, mask_BT, stored=stored, tokenizer=tokenizer, **given).tolist()
+        rows = generate(model, ids_BT, mask_BT, **given(chosen)).tolist()
         for number, row in zip(chosen, rows):
             found[number] = _read(tokenizer, row[1:], resolved.eos_token_id)
         if on_done is not None:
