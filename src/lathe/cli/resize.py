@@ -26,7 +26,7 @@ def command(
             metavar="[FIELD=VALUE]...",
             help="d_model=384, d_ff=1024, n_layers=4, n_heads=6, d_embed=128 …; also calibrate.tokens=100000, "
             "calibrate.field=document, data.tokens=50000, heal.steps=500, heal.lr=3e-4, objective=masked, "
-            "refit=false, share=middle, budget.effort=3, seed=1.",
+            "refit=false, share=middle, stream=true, budget.effort=3, seed=1.",
         ),
     ] = None,
     calibrate: Annotated[str | None, typer.Option(metavar="FILE", help="Text that the cut is fitted on.")] = None,
@@ -119,7 +119,7 @@ def _replay(source: str, words: dict[str, Any], recipe: Path, device: str) -> Jo
     from lathe.reshape.recipe import read_recipe
     from lathe.reshape.request import read_text
 
-    known = [name for name in words if name.partition(".")[0] == "data" or name in ("calibrate", "heal")]
+    known = [name for name in words if name.partition(".")[0] == "data" or name in ("calibrate", "heal", "stream")]
     if len(known) < len(words):
         odd = next(name for name in words if name not in known)
         raise RequestError(f"{odd}={words[odd]}: the recipe says what is done; leave it out, or leave out --recipe")
@@ -131,6 +131,7 @@ def _replay(source: str, words: dict[str, Any], recipe: Path, device: str) -> Jo
         heal=words.get("heal"),
         data=data,
         device=device,
+        stream=words.get("stream", False),
     )
 
 

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from lathe.errors import RequestError
 from lathe.model.transformer import Transformer
+from lathe.reshape.spill import Tensors
+from lathe.reshape.stream import blank, run_text
 
 Batch = Mapping[str, Tensor]
 
@@ -31,7 +33,7 @@ class Moments:
     `loud` holds each norm's output, squared and summed over tokens, channel by channel.
     """
 
-    by_norm: dict[str, Tensor] = field(default_factory=dict)
+    by_norm: Tensors = field(default_factory=Tensors)
     tokens: dict[str, int] = field(default_factory=dict)
     loud: dict[str, Tensor] = field(default_factory=dict)
 
@@ -48,7 +50,11 @@ class Moments:
 
     def total(self, norms: Iterable[str]) -> Tensor:
         """The sum of the means over several norms."""
-        return torch.stack([self.mean(norm) for norm in norms]).sum(0)
+        first, *rest = norms
+        total = self.mean(first)
+        for norm in rest:  # one after the other: all of them together may be larger than the model
+            total = total + self.mean(norm)
+        return total
 
     def loudness(self, norms: Iterable[str]) -> Tensor:
         """How much each channel carries of what the norms hand on: shares of the squares, summed over the norms.
@@ -80,7 +86,7 @@ def moments(
     Raises:
         RequestError: no tokens.
     """
-    gathered, outputs = Moments(), frozenset(streams)
+    gathered, outputs = Moments(blank(model)), frozenset(streams)
 
     def ear(norm: str) -> Ear:
         centred = isinstance(model.get_submodule(norm), nn.LayerNorm)
@@ -100,12 +106,15 @@ def moments(
         return listen
 
     current: Batch = {}
+
+    def hear(batch: Batch) -> None:
+        nonlocal current
+        current = batch
+
     training = model.training
     model.eval()
     with heard(model, {norm: ear(norm) for norm in norms}), torch.no_grad():
-        for batch in batches:
-            current = batch
-            model(**batch)
+        run_text(model, batches, hear)
     model.train(training)
     if not gathered.tokens:
         raise RequestError("the calibration text is empty; give calibrate=FILE, text such as the model is used on")

@@ -20,8 +20,9 @@ import torch
 import yaml
 from torch import Tensor
 
+from lathe.checkpoint.layout import find_weights
 from lathe.checkpoint.load import CONFIG, OWN
-from lathe.checkpoint.save import Saved, write_checkpoint
+from lathe.checkpoint.save import DEFAULT_SHARD_BYTES, Saved, write_checkpoint
 from lathe.data.batch import Batch
 from lathe.model.transformer import Transformer
 from lathe.reshape.heal import HealSettings, heal
@@ -38,8 +39,10 @@ from lathe.reshape.measure import (
 )
 from lathe.reshape.outcome import Done, Outcome, Reload, Size
 from lathe.reshape.recipe import Recipe, require_same, weight_digests, written
-from lathe.reshape.resize import resize
+from lathe.reshape.resize import Resized, resize
+from lathe.reshape.spill import Tensors
 from lathe.reshape.state import Step
+from lathe.reshape.stream import StreamedTransformer, weights_of
 from lathe.reshape.text import Documents, Text, TextSettings, endless, lay, read_documents
 from lathe.reshape.vocabulary import renumbered_settings, settings_ids
 from lathe.text.tokenizer import Tokenizer
@@ -68,10 +71,11 @@ def carry_out(job: Job, folder: Path, run: Path, reporter: Reporter, name: str) 
     saved = write_checkpoint(
         folder,
         work.model.architecture,
-        work.model.state_dict(),
+        weights_of(work.model),
         tokenizer=work.tokenizer,
         generation=work.generation,
         config=work.config,
+        max_shard_bytes=_shard_bytes(job.source.directory),
     )
     digests = weight_digests(folder)
     beside = {} if saved.stock else {"architecture": work.model.architecture.to_dict()}
@@ -129,9 +133,7 @@ class _Work:
             self.teacher = done.vocabulary.model(self.teacher)
             self.generation = renumbered_settings(self.generation, done.vocabulary.ids)
             self.config = renumbered_settings(self.config, done.vocabulary.ids)
-        model = Transformer(done.architecture, device="meta")
-        model.load_state_dict(dict(done.tensors), assign=True)
-        self.model, self.tokenizer = model.requires_grad_(True).eval(), done.tokenizer
+        self.model, self.tokenizer = _made(done), done.tokenizer
         if fitted is not None:
             self.facts |= {"fitted on": _described(fitted, request.calibrate)}
         self.stages.append({"resize": dict(changes), "operations": operations})
@@ -195,16 +197,20 @@ class _Work:
     def outcome(self, folder: Path, saved: Saved, name: str) -> Outcome:
         """What was done, with the files opened again and timed beside the source."""
         job = self.job
-        self.reporter.say("opening what was written, and timing it beside the source")
-        reloaded = open_source(str(folder)).model
+        self.reporter.say(
+            "opening what was written" + ("" if job.request.stream else ", and timing it beside the source")
+        )
+        reloaded = open_source(str(folder), stream=job.request.stream).model
         reload = self._reloaded(folder, saved, reloaded)
         device = pick_device(job.request.device)
-        pairs = {
-            "source": (job.source.model.to(device), self._timed(job.source.model, job.source.tokenizer)),
-            "result": (reloaded.to(device), self._timed(reloaded, self.tokenizer)),
-        }
-        speed = speeds(pairs)
-        job.source.model.to("cpu")
+        speed: dict[str, float] = {}
+        if not job.request.stream:  # else it would be the disk's speed
+            pairs = {
+                "source": (job.source.model.to(device), self._timed(job.source.model, job.source.tokenizer)),
+                "result": (reloaded.to(device), self._timed(reloaded, self.tokenizer)),
+            }
+            speed = speeds(pairs)
+            job.source.model.to("cpu")
         held = self._held(self.model, self.tokenizer)
         if held is not None:
             self.facts["measured on"] = _described(held, job.request.data or job.request.calibrate)
@@ -220,9 +226,9 @@ class _Work:
                 parameters_of(job.source.model),
                 weight_bytes(job.source.directory),
                 self.before,
-                speed["source"],
+                speed.get("source"),
             ),
-            Size(name, parameters_of(self.model), weight_bytes(folder), after, speed["result"]),
+            Size(name, parameters_of(self.model), weight_bytes(folder), after, speed.get("result")),
             self.steps,
             reload,
             self.model.architecture.family if saved.stock else None,
@@ -242,6 +248,8 @@ class _Work:
         found = Reload(largest, ids.numel())
         if not saved.stock:
             return dataclasses.replace(found, note="Lathe's own form, which stock transformers cannot open")
+        if self.job.request.stream:
+            return dataclasses.replace(found, note="not opened by stock transformers, which would hold the whole model")
         if importlib.util.find_spec("transformers") is None:
             return dataclasses.replace(found, note="transformers is not installed here")
         return _opened_by_stock(folder, found, ours, ids, both)
@@ -310,6 +318,21 @@ class _Work:
 
     def _fitted_digest(self) -> str | None:
         return None if self.job.fitted is None else self.job.fitted.digest
+
+
+def _made(done: Resized) -> Transformer:
+    """The model that a resize ended with."""
+    if isinstance(done.tensors, Tensors):
+        return StreamedTransformer(done.architecture, done.tensors)
+    model = Transformer(done.architecture, device="meta")
+    model.load_state_dict(dict(done.tensors), assign=True)
+    return model.requires_grad_(True).eval()
+
+
+def _shard_bytes(source: Path) -> int:
+    """The result's shards are no larger than the source's: whoever had room for those has room for these."""
+    files = find_weights(source).files
+    return max(file.stat().st_size for file in files) if len(files) > 1 else DEFAULT_SHARD_BYTES
 
 
 # What of a source's model card is true of a model made from it.

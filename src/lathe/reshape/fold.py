@@ -33,7 +33,7 @@ def fold(state: State, norms: list[str]) -> State:
     """The state with the scale and bias of each of `norms` moved into its readers; tied norms are left alone."""
     foldable = [norm for norm in norms if not is_tied(state.architecture, norm) and readers(state.architecture, norm)]
     state = _with_biases(state, foldable)
-    changed: dict[str, Tensor] = {}
+    changed = state.blank()
     for norm in foldable:
         scale = state.wide(f"{norm}.weight")
         has_shift = f"{norm}.bias" in state.tensors
@@ -75,7 +75,7 @@ def _with_biases(state: State, norms: list[str]) -> State:
     zeros = {
         p.name: torch.zeros(p.shape, dtype=torch.float64) for p in grown.parameters() if p.name not in state.tensors
     }
-    return State(architecture, {**state.tensors, **zeros})
+    return state.with_(zeros, changes)
 
 
 def _bias_for(weight: str) -> str:

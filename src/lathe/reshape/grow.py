@@ -47,7 +47,7 @@ def plan_feed_forward(done: Architecture, target: Architecture) -> list[Operatio
 def widen_feed_forward(state: State, stack_name: str, d_ff: int, *, generator: torch.Generator) -> tuple[State, Step]:
     """A stack's feed-forwards with more neurons, random in and zero out; gates too. Exact."""
     stack = dict(state.architecture.stacks)[stack_name]
-    old, changed = stack.feed_forward.d_ff, {}
+    old, changed = stack.feed_forward.d_ff, state.blank()
     for index in range(stack.n_feed_forwards):
         for parameter, dim in state.along(f"{stack_name}.feed_forward.{index}.ffn"):
             tensor = state.wide(parameter.name)
@@ -98,15 +98,18 @@ def deepen(state: State, stack_name: str, n_layers: int) -> tuple[State, Step]:
     old = dict(state.architecture.stacks)[stack_name].n_layers
     source = [layer * old // n_layers for layer in range(n_layers)]
     architecture = state.architecture.with_({f"{stack_name}.n_layers": n_layers})
-    tensors = dict(state.tensors)
+    tensors = state.copied()
     for parameter in stored(architecture):
         where = parameter.name.split(".")
         if where[0] != stack_name or where[1] not in ("attention", "cross_attention", "feed_forward"):
             continue
         layer = int(where[2])
-        tensor = state.tensors[".".join((*where[:2], str(source[layer]), *where[3:]))]
+        old_name = ".".join((*where[:2], str(source[layer]), *where[3:]))
         is_new = layer > 0 and source[layer] == source[layer - 1]
-        tensors[parameter.name] = torch.zeros_like(tensor) if is_new and parameter.role == "writer" else tensor
+        if is_new and parameter.role == "writer":
+            tensors[parameter.name] = torch.zeros_like(state.tensors[old_name])
+        else:
+            tensors.take(parameter.name, state.tensors, old_name)
     return State(architecture, tensors), Step(f"deepen {stack_name} {old} → {n_layers}", True, {})
 
 

@@ -91,7 +91,7 @@ def add_heads(
     def random(beside: Tensor, shape: tuple[int, ...]) -> Tensor:
         return drawn(beside, shape, generator)
 
-    changed: dict[str, Tensor] = {}
+    changed = state.blank()
     for prefix in prefixes(stack_name, stack):
         for letter, where in (("q", queries), ("k", keys), ("v", keys)):
             weight = f"{prefix}.{letter}.weight"
@@ -146,7 +146,7 @@ def widen_heads(state: State, stack_name: str, d_head: int, *, generator: torch.
     extra = d_head - spec.d_head
     # Scores are divided by √d_head, which is now larger.
     factor = math.sqrt(d_head / spec.d_head) if spec.scaled else 1.0
-    changed: dict[str, Tensor] = {}
+    changed = state.blank()
     for prefix in prefixes(stack_name, stack):
         for part, dim, is_random in (("q", 0, True), ("k", 0, False), ("v", 0, True), ("o", 1, False)):
             for leaf in ("weight", "bias") if part != "o" else ("weight",):

@@ -31,6 +31,7 @@ from lathe.blueprint import Parameter
 from lathe.errors import RequestError
 from lathe.reshape.grow import drawn
 from lathe.reshape.operation import Operation, drawing
+from lathe.reshape.spill import Tensors
 from lathe.reshape.state import State, Step
 from lathe.reshape.width import with_stored_positions
 
@@ -148,7 +149,7 @@ def widen(state: State, size: int, *, generator: torch.Generator) -> tuple[State
     how = find_widening(before, size)
     tied = _tied_factor(before, size)
     state = with_stored_positions(state, "residual")
-    changed: dict[str, Tensor] = {}
+    changed = state.blank()
     for group in ("residual", "transform"):
         for parameter, dim in state.along(group):
             tensor = changed.get(parameter.name, state.wide(parameter.name))
@@ -182,7 +183,7 @@ def _more_pooled(parameter: Parameter, dim: int, tensor: Tensor, size: int, gene
     return torch.cat((tensor, new), dim)
 
 
-def _rescale(architecture: Architecture, how: Widening, changed: dict[str, Tensor], tied: tuple[str, float]) -> None:
+def _rescale(architecture: Architecture, how: Widening, changed: Tensors, tied: tuple[str, float]) -> None:
     """Undo, in place, the factors of the forward pass that depend on the width, and a tied head's sum over copies."""
     language, growth = architecture.head.language, math.sqrt(how.new / how.old)
     if architecture.embedding.scaled and architecture.embedding.d_embed is None:

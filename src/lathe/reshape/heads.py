@@ -33,7 +33,7 @@ def narrow_heads(state: State, stack_name: str, d_head: int) -> tuple[State, Ste
         )
     if d_head > old:
         raise RequestError(f"{stack_name}.d_head={d_head}: a head of {old} channels can only be narrowed")
-    changed: dict[str, Tensor] = {}
+    changed = state.blank()
     kinds = ("attention", "cross_attention") if stack.cross_attention else ("attention",)
     for kind in kinds:
         for index in range(stack.n_attentions):

@@ -15,8 +15,8 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,7 +36,9 @@ from lathe.reshape.outcome import Outcome
 from lathe.reshape.recipe import Recipe, Written, machine, require_same, source_digest, warn_of_differences
 from lathe.reshape.request import ResizeRequest
 from lathe.reshape.resize import planned
+from lathe.reshape.spill import Tensors
 from lathe.reshape.stages import half_way
+from lathe.reshape.stream import StreamedTransformer, weights_of
 from lathe.reshape.text import Documents, TextSettings, read_documents
 from lathe.text.tokenizer import Tokenizer
 
@@ -117,7 +119,7 @@ def open_job(request: ResizeRequest) -> Job:
     Raises:
         RequestError: something is missing, or cannot be done, or only Lathe's own form could hold the result.
     """
-    source = open_source(request.source)
+    source = open_source(request.source, stream=request.stream)
     architecture = source.model.architecture
     if request.budget is not None:
         return _with_text(request, source, source_digest(source.directory), (), None)
@@ -148,19 +150,21 @@ def open_replay(
     heal: str | None = None,
     data: TextSettings | None = None,
     device: str = "auto",
+    stream: bool = False,
 ) -> Job:
     """The job that a recipe describes, on a source that must be the one it was written for.
 
     Args:
         calibrate, heal: where the texts are now, if not where the recipe says.
         data: other text to measure on.
+        stream: hold a layer at a time.
 
     Raises:
         RequestError: another source or another text.
     """
     recipe = written.recipe
     warn_of_differences(written)
-    opened = open_source(source)
+    opened = open_source(source, stream=stream)
     digest = source_digest(opened.directory)
     require_same(source, str(recipe.source.get("sha256")), digest)
     changes: dict[str, Any] = {}
@@ -188,13 +192,17 @@ def open_replay(
         seed=recipe.seed,
         own_form=True,  # the recipe was carried out once
         device=device,
+        stream=stream,
     )
     job = _with_text(request, opened, digest, tuple(stages), written)
     return replace(job, budget=recipe.budget)
 
 
-def open_source(name: str) -> Source:
+def open_source(name: str, *, stream: bool = False) -> Source:
     """A directory or hub id as a model with what travels with it.
+
+    Args:
+        stream: read each weight when it is used, and keep none.
 
     Raises:
         RequestError: no such model, or one that is quantised already.
@@ -203,8 +211,12 @@ def open_source(name: str) -> Source:
     checkpoint = open_checkpoint(name)
     parameters = checkpoint.parameters
     assert checkpoint.directory is not None
-    model = Transformer(checkpoint.architecture, device="meta")
-    model.load_state_dict({each: parameters.tensor(each) for each in parameters.names()}, assign=True)
+    model: Transformer
+    if stream:
+        model = StreamedTransformer(checkpoint.architecture, Tensors.reading(parameters.names(), parameters.tensor))
+    else:
+        model = Transformer(checkpoint.architecture, device="meta")
+        model.load_state_dict({each: parameters.tensor(each) for each in parameters.names()}, assign=True)
     tokenizer = Tokenizer.load(checkpoint.directory) if Tokenizer.is_in(checkpoint.directory) else None
     return Source(name, checkpoint.directory, model.eval(), tokenizer, checkpoint.generation, checkpoint.config)
 
@@ -266,14 +278,36 @@ def run_job(
     started = time.perf_counter()
     itemsize = torch.empty(0, dtype=job.source.model.dtype).element_size()
     nbytes = itemsize * sum(parameter.size for parameter in stored(job.target))
+    streamed = isinstance(job.source.model, StreamedTransformer)
+    if streamed:  # what operations make on the way is float64
+        nbytes += 8 * sum(parameter.size for parameter in stored(job.source.model.architecture))
     with atomic_directory(directory, nbytes=nbytes) as made:
-        outcome, recipe = carry_out(job, made, run or heal_folder(directory), reporter or Silent(), directory.name)
+        with _scratch(made / ".scratch") if streamed else nullcontext() as scratch:
+            work = job if scratch is None else _through(job, scratch)
+            outcome, recipe = carry_out(work, made, run or heal_folder(directory), reporter or Silent(), directory.name)
         outcome.seconds = time.perf_counter() - started
         for name, text in pages(outcome, recipe).items():
             (made / name).write_text(text, encoding="utf-8")
     if run is None:
         shutil.rmtree(heal_folder(directory), ignore_errors=True)
     return outcome
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A folder for what a streamed resize puts aside; it is gone before the result is published."""
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def _through(job: Job, scratch: Path) -> Job:
+    """The job with a model whose operations put their tensors into `scratch`."""
+    old = job.source.model
+    model = StreamedTransformer(old.architecture, Tensors.of(weights_of(old), scratch))
+    return replace(job, source=replace(job.source, model=model))
 
 
 def heal_folder(directory: Path) -> Path:

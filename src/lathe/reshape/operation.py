@@ -15,7 +15,9 @@ import torch
 from lathe.architecture import Architecture
 from lathe.model.transformer import Transformer
 from lathe.reshape.calibrate import Batch
+from lathe.reshape.spill import Tensors
 from lathe.reshape.state import State, Step
+from lathe.reshape.stream import StreamedTransformer
 from lathe.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -48,6 +50,8 @@ class Context:
         if state is self.start:
             return self.model
         cast = state.cast(self.model.dtype)
+        if isinstance(cast.tensors, Tensors):
+            return StreamedTransformer(cast.architecture, cast.tensors)
         model = Transformer(cast.architecture, device="meta")
         model.load_state_dict({n: t.detach().to(self.model.device) for n, t in cast.tensors.items()}, assign=True)
         return model.eval()

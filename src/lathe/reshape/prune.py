@@ -28,19 +28,25 @@ from lathe.model.transformer import Transformer
 from lathe.reshape.calibrate import Batch, listening, token_rows
 from lathe.reshape.grow_heads import prefixes
 from lathe.reshape.operation import Operation, measured, plain
+from lathe.reshape.spill import Tensors
 from lathe.reshape.state import State, Step
+from lathe.reshape.stream import blank, run_text
 
 _RIDGE = 1e-4
 _ENERGY = "share of the energy that each output matrix still writes"
 
 
 class Activity:
-    """What a writer reads over the text: first and second moments, and each channel's importance."""
+    """What a writer reads over the text: first and second moments, and each channel's importance.
 
-    def __init__(self) -> None:
+    Args:
+        products: where the sum of products goes, under the writer's `name`; in memory where left out.
+    """
+
+    def __init__(self, products: Tensors | None = None, name: str = "") -> None:
         self.tokens = 0
         self.total = torch.zeros(())
-        self.product = torch.zeros(())
+        self._products, self._name = Tensors() if products is None else products, name
         self.squares = torch.zeros(())
 
     def add(self, rows_ND: Tensor) -> None:
@@ -50,7 +56,10 @@ class Activity:
             return
         self.tokens += len(wide)
         self.total = self.total + wide.sum(0)
-        self.product = self.product + wide.T @ wide
+        product = wide.T @ wide
+        if self._name in self._products:
+            product += self._products[self._name]
+        self._products[self._name] = product
         self.squares = self.squares + wide.abs().mean(0).square()
 
     @property
@@ -60,7 +69,7 @@ class Activity:
 
     def moments(self, *, centred: bool) -> Tensor:
         """E[a aᵀ], about the mean where `centred`."""
-        second = self.product / self.tokens
+        second = self._products[self._name] / self.tokens
         mean = self.total / self.tokens
         return second - torch.outer(mean, mean) if centred else second
 
@@ -71,8 +80,13 @@ def activities(model: Transformer, batches: Iterable[Batch], writers: list[str])
     Raises:
         RequestError: no tokens.
     """
-    gathered = {name: Activity() for name in writers}
+    products = blank(model)
+    gathered = {name: Activity(products, name) for name in writers}
     current: Batch = {}
+
+    def hear(batch: Batch) -> None:
+        nonlocal current
+        current = batch
 
     def listener(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def listen(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -81,9 +95,7 @@ def activities(model: Transformer, batches: Iterable[Batch], writers: list[str])
         return listen
 
     with listening(model, {name: listener(name) for name in writers}), torch.no_grad():
-        for batch in batches:
-            current = batch
-            model(**batch)
+        run_text(model, batches, hear)
     if not all(each.tokens for each in gathered.values()):
         raise RequestError("the calibration text is empty; give calibrate=FILE, text such as the model is used on")
     return gathered
@@ -177,7 +189,7 @@ def prune_feed_forward(
     old = stack.feed_forward.d_ff
     layers = [f"{stack_name}.feed_forward.{index}" for index in range(stack.n_feed_forwards)]
     seen = activities(model, batches, [f"{layer}.down" for layer in layers])
-    changed: dict[str, Tensor] = {}
+    changed = state.blank()
     energy: dict[str, float] = {}
     for layer in layers:
         kept = _most(seen[f"{layer}.down"].importance, d_ff)
@@ -226,7 +238,7 @@ def merge_keys(state: State, stack_name: str, n_kv_heads: int) -> tuple[State, S
     """A stack whose query heads share fewer key-value heads, each the mean of those it replaces (GQA, §2.1)."""
     stack = dict(state.architecture.stacks)[stack_name]
     spec = stack.attention
-    changed: dict[str, Tensor] = {}
+    changed = state.blank()
     for layer in prefixes(stack_name, stack):
         for name in (f"{layer}.{letter}.{leaf}" for letter in "kv" for leaf in ("weight", "bias")):
             if name in state.tensors:
@@ -250,7 +262,7 @@ def prune_heads(
     layers = prefixes(stack_name, stack)
     seen = activities(model, batches, [f"{layer}.o" for layer in layers])
     chosen = _chosen(state, stack_name, stack, seen, n_heads // n_kv_heads, n_kv_heads)
-    changed: dict[str, Tensor] = {}
+    changed = state.blank()
     energy: dict[str, float] = {}
     for layer in layers:
         queries, keys = (_channels(heads, spec.d_head) for heads in chosen[layer])

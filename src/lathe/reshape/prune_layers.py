@@ -51,12 +51,12 @@ def prune_layers(
         "feed_forward": {new.feed_forward_index(i): stack.feed_forward_index(layer) for i, layer in enumerate(kept)},
     }
     source["cross_attention"] = source["attention"]
-    tensors = dict(state.tensors)
+    tensors = state.copied()
     for parameter in stored(architecture):
         where = parameter.name.split(".")
         if where[0] == stack_name and where[1] in source:
             old = source[where[1]][int(where[2])]
-            tensors[parameter.name] = state.tensors[".".join((*where[:2], str(old), *where[3:]))]
+            tensors.take(parameter.name, state.tensors, ".".join((*where[:2], str(old), *where[3:])))
     gone = {f"{stack_name} layer {i}": float(importance[i]) for i in range(stack.n_layers) if i not in kept}
     name = f"prune {stack_name} layers {stack.n_layers} → {n_layers}"
     measures = "how far each layer that went turned the stream, 1 − cos(before, after)"

@@ -30,7 +30,7 @@ _TEXTS: dict[str, type[TextSettings | HealSettings]] = {
 }
 # How an operation is done, where there is a choice; `resize` and `planned` take each by its name.
 HOW = ("method", "refit", "share")
-_PLAIN = (*HOW, "seed")
+_PLAIN = (*HOW, "seed", "stream")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,7 @@ class ResizeRequest(Spec):
     seed: int = size(2**32 - 1, least=0, default=0)  # of the weights that growth draws
     budget: BudgetSettings | None = None
     own_form: bool = False  # write what no stock file can hold
+    stream: bool = False  # hold a layer at a time; the result is the same, so a recipe does not say it
     device: str = "auto"  # for healing; the cut itself is computed on the CPU
 
     @property
@@ -69,6 +70,11 @@ class ResizeRequest(Spec):
             raise RequestError("nothing to change: give field=value, as in d_model=384, or a budget")
         if self.budget is not None and self.calibrate is None:
             raise RequestError("a budget is spent by what cuts cost on text: give --calibrate FILE")
+        if self.stream and (self.heal is not None or self.budget is not None):
+            what = "a budget" if self.heal is None else "healing"
+            raise RequestError(
+                f"stream=true with {what}: that holds whole models in memory; give sizes alone, or leave out stream"
+            )
 
 
 def read_request(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lathe.architecture import Architecture
 from lathe.blueprint import Parameter, stored
+from lathe.reshape.spill import Tensors
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,32 @@ class State:
     def with_(self, tensors: Mapping[str, Tensor], changes: Mapping[str, Any] | None = None) -> State:
         """A copy with some tensors replaced and some sizes changed."""
         architecture = self.architecture.with_(changes) if changes else self.architecture
-        return State(architecture, {**self.tensors, **tensors})
+        made = self.copied()
+        made |= tensors
+        return State(architecture, made)
+
+    def blank(self) -> Tensors:
+        """A place for an operation's tensors: in memory, or on the disk where the state itself is streamed."""
+        return Tensors(self.tensors.folder if isinstance(self.tensors, Tensors) else None)
+
+    def copied(self) -> Tensors:
+        """The state's tensors, to be added to; none is read."""
+        made = self.blank()
+        made |= self.tensors
+        return made
 
     def cast(self, dtype: torch.dtype) -> State:
         """Every tensor as `dtype`, contiguous, exactly those that the blueprint asks for, shapes checked."""
-        made: dict[str, Tensor] = {}
-        for parameter in self.parameters():
-            tensor = self.tensors[parameter.name]
-            if tuple(tensor.shape) != parameter.shape:
-                raise AssertionError(f"{parameter.name} is {tuple(tensor.shape)}, the blueprint says {parameter.shape}")
-            made[parameter.name] = tensor.to(dtype).contiguous()
-        return State(self.architecture, made)
+        shapes = {parameter.name: parameter.shape for parameter in self.parameters()}
+
+        def as_asked(name: str, tensor: Tensor) -> Tensor:
+            if tuple(tensor.shape) != shapes[name]:
+                raise AssertionError(f"{name} is {tuple(tensor.shape)}, the blueprint says {shapes[name]}")
+            return tensor.to(dtype).contiguous()
+
+        if isinstance(self.tensors, Tensors) and self.tensors.folder is not None:
+            return State(self.architecture, self.tensors.chosen(shapes, as_asked))  # cast when read
+        return State(self.architecture, {name: as_asked(name, self.tensors[name]) for name in shapes})
 
 
 @dataclass(frozen=True)

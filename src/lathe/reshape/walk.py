@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,9 @@ from lathe.model.block import Surroundings
 from lathe.model.loss import IGNORED
 from lathe.model.stack import TransformerStack
 from lathe.model.transformer import Transformer
-from lathe.reshape.calibrate import Batch
+
+if TYPE_CHECKING:
+    from lathe.reshape.calibrate import Batch
 
 _HELD_EVERY = 8
 

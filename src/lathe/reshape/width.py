@@ -24,6 +24,7 @@ diagonal that loses least on the calibration text, found by least squares.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -169,7 +170,7 @@ def rotate(state: State, group: str, field: str, basis: Basis, moments: Moments)
     uneven = [norm for norm in norms if _keeps_weight(state, norm) and _is_uneven(state, norm)]
     state = fold(state, norms)
     frees_mean = has_free_mean(state.architecture, group) and not is_same
-    changed: dict[str, Tensor] = {}
+    changed = state.blank()
     for parameter, dim in state.along(group):
         if parameter.role in ("scale", "shift") or _is_head_output(parameter, group):
             continue
@@ -280,7 +281,7 @@ def _tied_shift(
     }
 
 
-def _rescaled(state: State, field: str, old: int, new: int, changed: dict[str, Tensor]) -> dict[str, Tensor]:
+def _rescaled(state: State, field: str, old: int, new: int, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Make up for the factors of the forward pass that depend on the width itself."""
     a, out = state.architecture, {}
     embedding_field = "d_model" if a.embedding.d_embed is None else "embedding.d_embed"
@@ -312,7 +313,7 @@ def _rescaled(state: State, field: str, old: int, new: int, changed: dict[str, T
 def keep(state: State, group: str, field: str, channels: Tensor, method: str) -> tuple[State, Step]:
     """Keep some channels of an axis as they are; `channels` holds their numbers."""
     state = with_stored_positions(state, group)
-    changed: dict[str, Tensor] = {}
+    changed = state.blank()
     old = 0
     for parameter, dim in state.along(group):
         old = parameter.axes[dim].size
