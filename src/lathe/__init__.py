@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lathe.api import Model, heal, load, plan_budget, resize
     from lathe.architecture import Architecture
     from lathe.errors import LatheError, RequestError
+    from lathe.generate.encode import classify, encode
     from lathe.planner import plan
     from lathe.presets import preset
     from lathe.reshape.vocabulary import Vocabulary
@@ -27,6 +28,8 @@ _HOMES = {
     "RequestError": "lathe.errors",
     "Tokenizer": "lathe.text.tokenizer",
     "Vocabulary": "lathe.reshape.vocabulary",
+    "classify": "lathe.generate.encode",
+    "encode": "lathe.generate.encode",
     "heal": "lathe.api",
     "load": "lathe.api",
     "plan": "lathe.planner",
@@ -43,6 +46,8 @@ __all__ = [
     "Tokenizer",
     "Vocabulary",
     "__version__",
+    "classify",
+    "encode",
     "heal",
     "load",
     "plan",

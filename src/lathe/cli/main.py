@@ -36,6 +36,8 @@ VERBS: dict[str, str] = {
     "adapt": "lathe.cli.adapt",
     "generate": "lathe.cli.generate",
     "chat": "lathe.cli.chat",
+    "encode": "lathe.cli.encode",
+    "classify": "lathe.cli.classify",
     "look": "lathe.cli.look",
     "tokenize": "lathe.cli.tokenize",
     "tokenizer": "lathe.cli.tokenizer",

@@ -1,0 +1,31 @@
+"""`lathe classify MODEL --file TEXTS`: the label of each line of a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A classifier's directory, or a hub id.")],
+    file: Annotated[Path, typer.Option("--file", help="A UTF-8 file, one text a line.")],
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the CPU unless given.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, all probabilities in it.")] = False,
+) -> None:
+    """Print each text's likeliest label and its probability, in the order of the file."""
+    from dataclasses import asdict
+
+    import lathe
+    from lathe.cli.generate import _device
+    from lathe.cli.output import emit_json, write
+    from lathe.text.corpus import read_lines
+
+    texts = [line.rstrip("\r\n") for line in read_lines(file)]
+    found = lathe.classify(lathe.load(model, device=_device(device)), texts)
+    if as_json:
+        emit_json({"model": model, "texts": [asdict(each) for each in found]})
+        return
+    for each in found:
+        write(f"{each.label}\t{each.probabilities[each.number]:.3f}\t{each.text}")
