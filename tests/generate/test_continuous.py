@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Generator
 from typing import Any
 
 import pytest
@@ -69,8 +70,7 @@ def test_a_row_depends_on_no_other_on_no_number_of_places_and_on_no_order(
             model,
             torch.tensor([texts[at]]),
             torch.ones(1, len(texts[at]), dtype=torch.long),
-            **how,
-            **({"seed": (seeds[at],)} if "do_sample" in how else {}),
+            **{**how, **({"seed": (seeds[at],)} if "do_sample" in how else {})},
         )
         length = int(alone.lengths_R[0])
         assert row.ids == alone.sequences_RT[0, alone.n_prompt : alone.n_prompt + length].tolist()
@@ -124,7 +124,7 @@ def test_a_row_that_ends_frees_its_place_at_once(name: str) -> None:
 
 def test_rows_come_as_they_finish() -> None:
     model = model_of("gpt2")
-    lengths = {"max_length": 12}
+    lengths: dict[str, Any] = {"max_length": 12}
     texts = [[5, 6], [7] * 10, [8] * 6]
     assert [row.number for row in rows_as_finished(model, texts, slots=3, **lengths, eos_token_id=None)] == [1, 2, 0]
 
@@ -225,6 +225,7 @@ def test_stop_strings_and_models_are_left_as_they_were() -> None:
     model = model_of("gpt2").train()
     rows = rows_as_finished(model, [[5, 6], [7]], max_new_tokens=3, eos_token_id=None)
     assert isinstance(next(rows), Row)
+    assert isinstance(rows, Generator)
     rows.close()
     assert model.training
     model.eval()

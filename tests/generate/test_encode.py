@@ -14,6 +14,7 @@ import lathe
 from lathe.architecture import Classifier, Pooler
 from lathe.errors import RequestError
 from lathe.generate import encode as module
+from lathe.planner.activations import activations
 from lathe.text import Tokenizer, train_tokenizer
 
 CORPUS = [
@@ -97,7 +98,7 @@ def test_batches_are_as_large_as_the_memory_allows_and_the_longest_come_first(mo
     handle = model.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
     assert model.tokenizer is not None
     longest = max(map(len, model.tokenizer.encode_batch(texts)))
-    layer = module.activations(model.architecture, 1, longest).stacks[0].layer * 2  # float64
+    layer = activations(model.architecture, 1, longest).stacks[0].layer * 2  # float64
     try:
         monkeypatch.setattr(module, "free_bytes", lambda _: layer * 4 + 1)  # half of it holds two of the longest
         lathe.classify(model, texts)
@@ -115,7 +116,7 @@ def test_batches_are_as_large_as_the_memory_allows_and_the_longest_come_first(mo
     ("call", "message"),
     [
         (lambda: lathe.encode(model_of("classifier"), []), "at least one text"),
-        (lambda: lathe.encode(model_of("classifier"), "to be"), "at least one text"),  # type: ignore[arg-type]
+        (lambda: lathe.encode(model_of("classifier"), "to be"), "at least one text"),
         (lambda: lathe.encode(model_of("gpt2"), ["to", ""]), "text 2 holds no token"),
         (lambda: lathe.encode(model_of("gpt2"), ["to be"], "pooled"), "this model has no pooler"),
         (lambda: lathe.encode(model_of("gpt2"), ["to be"], "max"), "pool='max'"),  # type: ignore[call-overload]

@@ -82,7 +82,12 @@ def test_the_built_in_templates_are_those_of_transformers_ids(name: str, where: 
 @pytest.mark.parametrize("where", ["file", "setting"])
 def test_what_the_environment_gives_is_what_transformers_gives(where: str, tmp_path: Path) -> None:
     directory = write(trained("llama"), tmp_path / "model", RICH, where)
-    talk = [SYSTEM, *TALK, {"role": "tool", "content": None, "name": "x", "parts": [{"text": "<&>", "n": 1.5}]}, USER]
+    talk: list[dict[str, Any]] = [
+        SYSTEM,
+        *TALK,
+        {"role": "tool", "content": None, "name": "x", "parts": [{"text": "<&>", "n": 1.5}]},
+        USER,
+    ]
     agree(directory, talk)
     agree(directory, talk, mood="merry")
 
@@ -114,6 +119,7 @@ def test_what_transformers_saves_is_read(tmp_path: Path) -> None:
 def text(name: str, messages: list[dict[str, Any]], prompt: bool = False) -> str:
     tokenizer = with_headers() if name == "llama-3" else trained("llama")
     found = tokenizer.apply_chat_template(messages, chat_template=name, tokenize=False, add_generation_prompt=prompt)
+    assert tokenizer.bos_id is not None
     return found.replace(tokenizer.pieces([tokenizer.bos_id])[0], "<s>", 1) if name == "llama-3" else found
 
 
