@@ -56,8 +56,8 @@ class Chat:
     >>> import lathe
     >>> from lathe.generate.chat import Chat
     >>> from lathe.text import train_tokenizer
-    >>> tokenizer = train_tokenizer(["to be or not to be that is the question"] * 9, 300, convention="gpt2")
-    >>> tiny = lathe.preset("gpt2").with_(d_model=16, d_ff=32, n_layers=1, n_heads=2, d_head=8, vocab_size=300)
+    >>> tokenizer = train_tokenizer(["to be or not to be that is the question"] * 9, 270, convention="gpt2")
+    >>> tiny = lathe.preset("gpt2").with_(d_model=16, d_ff=32, n_layers=1, n_heads=2, d_head=8, vocab_size=270)
     >>> model = lathe.Model(tiny.with_({"tokens.eos": [tokenizer.eos_id], "tokens.bos": tokenizer.bos_id}), seed=0)
     >>> chat = Chat(model, tokenizer, template="vicuna", max_new_tokens=4)
     >>> reply = chat.ask("to be?")

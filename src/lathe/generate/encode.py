@@ -84,7 +84,7 @@ def encode(
 
     >>> import lathe
     >>> from lathe.text import train_tokenizer
-    >>> tokenizer = train_tokenizer(["to be or not to be"] * 9, 40, convention="bert")
+    >>> tokenizer = train_tokenizer(["to be or not to be"] * 9, 18, convention="bert")
     >>> sizes = {"d_model": 16, "d_ff": 16, "n_layers": 1, "n_heads": 2, "d_head": 8, "vocab_size": 40}
     >>> model = lathe.Model(lathe.preset("bert-base-uncased").with_(sizes), seed=0, tokenizer=tokenizer)
     >>> lathe.encode(model, ["to be", "or not to be"]).shape
