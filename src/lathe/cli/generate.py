@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,6 +52,11 @@ def command(
     explain: Annotated[
         bool, typer.Option("--explain", help="Show each step: candidates, probabilities, filters, beams.")
     ] = False,
+    draft: Annotated[
+        str | None,
+        typer.Option(metavar="DRAFT", help="A smaller model with the same tokenizer that proposes tokens, for speed."),
+    ] = None,
+    num_draft_tokens: Annotated[int | None, typer.Option(help="How many tokens --draft proposes at once; 4.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="Put this adapter on the model: its directory.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the CPU unless given.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, log-probabilities included.")] = False,
@@ -78,6 +83,14 @@ def command(
         raise RequestError(
             f"--slots {slots}: the prompts of --file take turns; give --file, without --explain or --stream"
         )
+    if draft is None and num_draft_tokens is not None:
+        raise RequestError(f"--num-draft-tokens {num_draft_tokens}: there is no draft; give --draft DRAFT")
+    if draft is not None and (stream or explain or slots is not None):
+        raise RequestError("--draft writes all prompts in one batch; leave out --stream, --explain and --slots")
+    if draft is not None:
+        drafted = 4 if num_draft_tokens is None else num_draft_tokens
+        _run_drafted(model, adapter, draft, drafted, prompts, settings, special_tokens, device, as_json)
+        return
     turns = file is not None and not explain
     _run(model, adapter, prompts, settings, special_tokens, stream, explain, device, as_json, turns, slots)
 
@@ -122,21 +135,15 @@ def _run(
     turns: bool,
     slots: int | None,
 ) -> None:
-    import secrets
-
     from lathe.cli.output import emit_json, say, write
     from lathe.generate.explain import Explanation, lines
-    from lathe.generate.settings import Settings, turned_off
+    from lathe.generate.settings import Settings
     from lathe.generate.text import complete, complete_in_turns
 
     model = _load(name, adapter, _device(device))
     if model.tokenizer is None:
         raise RequestError(f"{name} has no tokenizer; put its tokenizer's files beside its weights")
-    off = {key: value for key, value in turned_off(model.generation).items() if key not in settings}
-    if off:
-        wanted = ", ".join(f"{key}={model.generation[key]}" for key in off)
-        say(f"the model asks for {wanted}, which Lathe does not do; going on without")
-    settings = {"seed": secrets.randbits(32), **off, **settings}
+    settings = _complete_settings(model, settings)
     if stream:
         _stream(model, prompts[0], settings, special_tokens)
         return
@@ -160,13 +167,77 @@ def _run(
     say(f"{n_tokens:,} tokens in {seconds:.1f} s, {n_tokens / seconds:,.0f} a second")
 
 
+def _complete_settings(model: Model, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with a seed, and without what the model's own ask for and Lathe does not do, which is said."""
+    import secrets
+
+    from lathe.cli.output import say
+    from lathe.generate.settings import turned_off
+
+    off = {key: value for key, value in turned_off(model.generation).items() if key not in settings}
+    if off:
+        wanted = ", ".join(f"{key}={model.generation[key]}" for key in off)
+        say(f"the model asks for {wanted}, which Lathe does not do; going on without")
+    return {"seed": secrets.randbits(32), **off, **settings}
+
+
+def _run_drafted(
+    name: str,
+    adapter: Path | None,
+    draft_name: str,
+    num_draft_tokens: int,
+    prompts: list[str],
+    settings: dict[str, Any],
+    special_tokens: bool,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    """Write with a draft, and once more without it, so that what it saves is measured and not guessed."""
+    from lathe.cli.output import emit_json, say
+    from lathe.generate.text import complete
+
+    model, draft = _load(name, adapter, _device(device)), _load(draft_name, None, _device(device))
+    if model.tokenizer is None:
+        raise RequestError(f"{name} has no tokenizer; put its tokenizer's files beside its weights")
+    tokenizer, settings = model.tokenizer, _complete_settings(model, settings)
+    common: dict[str, Any] = {"stored": model.generation, "keep_special_tokens": special_tokens, **settings}
+
+    def timed(**more: Any) -> tuple[list[Completion], float]:
+        started = time.perf_counter()
+        found = complete(model, tokenizer, prompts, **common, **more)
+        return found, (time.perf_counter() - started) / sum(len(each.ids) for each in found)
+
+    found, per_token = timed(draft=draft, num_draft_tokens=num_draft_tokens)
+    _, per_token_plain = timed()
+    speculation = found[0].speculation
+    assert speculation is not None
+    speed_up = per_token_plain / per_token
+    proposed, accepted = int(speculation.proposed_R.sum()), int(speculation.accepted_R.sum())
+    if as_json:
+        counts = {"proposed": proposed, "accepted": accepted, "passes": speculation.passes, "speed_up": speed_up}
+        emit_json({**_answer(name, {**model.generation, **settings}, found), "draft": {"model": draft_name, **counts}})
+        return
+    _show(found, len(found) // len(prompts), model.encoder is None)
+    n_tokens = sum(len(each.ids) for each in found)
+    say(f"{n_tokens:,} tokens in {speculation.passes:,} passes of the model, {1 / per_token:,.0f} a second")
+    say(f"{accepted:,} of {proposed:,} drafted tokens accepted ({speculation.acceptance:.0%})")
+    say(f"{speed_up:.2f} times as fast a token as without the draft ({1 / per_token_plain:,.0f} a second)")
+
+
 def _answer(name: str, settings: Mapping[str, Any], found: list[Completion]) -> dict[str, Any]:
     return {
         "model": name,
         "sampled": bool(settings.get("do_sample", False)),
         "seed": settings["seed"],
-        "texts": [{**asdict(each), "tokens": len(each.ids)} for each in found],
+        "texts": [_as_data(each) for each in found],
     }
+
+
+def _as_data(text: Completion) -> dict[str, Any]:
+    """A text as JSON holds it; what a draft was good for concerns the batch and stands beside the texts."""
+    data = asdict(replace(text, speculation=None))
+    del data["speculation"]
+    return {**data, "tokens": len(text.ids)}
 
 
 def _show(found: list[Completion], each: int, continues: bool) -> None:

@@ -22,6 +22,7 @@ from lathe.generate.prompt import Prompt, make_prompt, room, start, with_start
 from lathe.generate.rows import Rows
 from lathe.generate.settings import Settings
 from lathe.generate.single import Step, Task, tokens
+from lathe.generate.speculative import Speculation, check_pair, speculate
 from lathe.generate.stops import StopStrings
 from lathe.generate.watch import Watch
 from lathe.model.stack import Memory
@@ -40,6 +41,7 @@ class Decoded:
         ended_R: whether an end-of-sequence token or a stop string ended the row, and not the length.
         log_probs_RT: of each new token under the model, before temperature and any filter; 0 for what fills up.
         scores_R: the sum of these; for beams what they are ranked by, which filters and `length_penalty` change.
+        speculation: what a draft was good for; None without one.
     """
 
     sequences_RT: Tensor
@@ -48,6 +50,7 @@ class Decoded:
     ended_R: Tensor
     log_probs_RT: Tensor
     scores_R: Tensor
+    speculation: Speculation | None = None
 
 
 def generate(
@@ -59,6 +62,8 @@ def generate(
     decoder_attention_mask: Tensor | None = None,
     stored: Mapping[str, Any] | None = None,
     tokenizer: Tokenizer | None = None,
+    draft: Transformer | None = None,
+    num_draft_tokens: int = 4,
     **settings: Any,
 ) -> Tensor:
     """Token ids, laid out as `transformers` lays them out.
@@ -75,6 +80,9 @@ def generate(
         decoder_input_ids, decoder_attention_mask: what an encoder-decoder's output starts with.
         stored: the settings that came with the model; `settings` go before them.
         tokenizer: what `stop_strings` are looked for with; the model's own where it has one.
+        draft: a smaller model with the same vocabulary that proposes tokens; it changes the speed and not the
+            distribution of the text (`lathe.generate.speculative`).
+        num_draft_tokens: how many it proposes at once.
         settings: the fields of `Settings`, as `max_new_tokens=40, num_beams=4` or `do_sample=True, top_p=0.9, seed=0`.
 
     Returns:
@@ -99,6 +107,8 @@ def generate(
         decoder_attention_mask=decoder_attention_mask,
         stored=stored,
         tokenizer=tokenizer,
+        draft=draft,
+        num_draft_tokens=num_draft_tokens,
         **settings,
     )
     return found.sequences_RT
@@ -113,6 +123,8 @@ def decode(
     decoder_attention_mask: Tensor | None = None,
     stored: Mapping[str, Any] | None = None,
     tokenizer: Tokenizer | None = None,
+    draft: Transformer | None = None,
+    num_draft_tokens: int = 4,
     watch: Watch | None = None,
     **settings: Any,
 ) -> Decoded:
@@ -128,16 +140,28 @@ def decode(
     >>> found.sequences_RT.shape, bool(found.scores_R[0] >= found.scores_R[1])
     (torch.Size([2, 7]), True)
     """
+    resolved = resolve_settings(model, settings, stored)
+    given = (input_ids, attention_mask, decoder_input_ids, decoder_attention_mask)
+    if draft is not None:
+        resolve_settings(draft, {}, None)  # refuses a model that cannot generate
+        check_pair(model, draft, resolved, num_draft_tokens)
+        if watch is not None:
+            raise RequestError("a draft's steps cannot be watched: rows are at different tokens; leave one of them out")
     with torch.no_grad(), evaluating(model):
-        task, prompt = _prepare(
-            model,
-            input_ids,
-            attention_mask,
-            decoder_input_ids,
-            decoder_attention_mask,
-            resolve_settings(model, settings, stored),
-            tokenizer,
-        )
+        task, prompt = _prepare(model, *given, resolved, tokenizer)
+        if draft is not None:
+            with evaluating(draft):
+                same = replace(resolved, max_new_tokens=task.max_new, max_length=None)
+                found = speculate(task, _prepare(draft, *given, same, tokenizer)[0], num_draft_tokens)
+            return Decoded(
+                _after(prompt, found.tokens_RT),
+                prompt.columns,
+                found.lengths_R,
+                found.ended_R,
+                found.log_probs_RT,
+                found.log_probs_RT.sum(1),
+                found.speculation,
+            )
         task = replace(task, watch=watch)
         return _searched(task, prompt) if task.settings.num_beams > 1 else _followed(task, prompt)
 

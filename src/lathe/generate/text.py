@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lathe.errors import RequestError
@@ -12,6 +12,7 @@ from lathe.generate.continuous import decode_rows
 from lathe.generate.decode import decode, steps
 from lathe.generate.settings import Settings
 from lathe.generate.single import Step
+from lathe.generate.speculative import Speculation
 from lathe.generate.watch import Watch
 from lathe.model.transformer import Transformer
 from lathe.text.tokenizer import Tokenizer
@@ -30,6 +31,7 @@ class Completion:
         ended: whether the model or a stop string ended it, rather than the length it was given.
         log_probs: of each of the ids under the model, before temperature and any filter.
         score: their sum; for beams what the texts are ranked by.
+        speculation: what a draft was good for in the whole batch; None without one.
     """
 
     prompt: str
@@ -38,6 +40,7 @@ class Completion:
     ended: bool
     log_probs: list[float]
     score: float
+    speculation: Speculation | None = field(default=None, repr=False)
 
 
 def complete(
@@ -48,6 +51,8 @@ def complete(
     stored: Mapping[str, Any] | None = None,
     keep_special_tokens: bool = False,
     watch: Watch | None = None,
+    draft: Transformer | None = None,
+    num_draft_tokens: int = 4,
     **settings: Any,
 ) -> list[Completion]:
     """Text for each prompt, in one batch; `num_return_sequences` of them side by side, beams from the best down.
@@ -56,13 +61,15 @@ def complete(
         stored: the settings that came with the model.
         keep_special_tokens: leave `</s>`, sentinels and the like in the text.
         watch: told of each step; `lathe.generate.explain.Explanation` is one that writes it down.
+        draft, num_draft_tokens: a smaller model that proposes tokens, and how many, as for `generate`.
         settings: as for `lathe.generate.generate`.
 
     Raises:
         RequestError: no prompt, one without a token, or what `generate` refuses.
     """
     resolved, batch = _read(model, tokenizer, prompts, stored, settings)
-    found = decode(model, **batch, stored=stored, tokenizer=tokenizer, watch=watch, **settings)
+    drafting: dict[str, Any] = {"draft": draft, "num_draft_tokens": num_draft_tokens}
+    found = decode(model, **batch, stored=stored, tokenizer=tokenizer, watch=watch, **drafting, **settings)
     rows, log_probs = found.sequences_RT[:, found.n_prompt :].tolist(), found.log_probs_RT.tolist()
     each = resolved.num_return_sequences
     texts = []
@@ -72,7 +79,7 @@ def complete(
         prompt, ids = prompts[number // each], rows[number][:length]
         before = tokenizer.encode(prompt) if model.encoder is None else []
         text = _added(tokenizer, before, ids, skip=not keep_special_tokens)
-        texts.append(Completion(prompt, text, ids, ended, log_probs[number][:length], score))
+        texts.append(Completion(prompt, text, ids, ended, log_probs[number][:length], score, found.speculation))
     return texts
 
 

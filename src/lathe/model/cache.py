@@ -123,6 +123,15 @@ class Cache:
         """Count the tokens just placed as part of each row."""
         self.lengths_B = self.lengths_B + self._added
 
+    def rewind(self, lengths_B: Tensor, n_new_B: Tensor) -> None:
+        """Forget what each row holds past its length, and make ready for `n_new_B` tokens of each in one pass.
+
+        The slots that were in use are written over; only those up to the longest row are read.
+        """
+        self.lengths_B = lengths_B
+        # `place` adds the pass's columns, pads counted; rows at their end hold pads there and need no slots.
+        self.filled = int((lengths_B + n_new_B).max()) - int(n_new_B.max())
+
     def spread(self, copies: int) -> None:
         """Make each row `copies` rows side by side. They share what they read of the encoder."""
         self._take(torch.arange(len(self.lengths_B), device=self.lengths_B.device).repeat_interleave(copies))
