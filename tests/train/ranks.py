@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from lathe.adapt import LoraSettings, add_lora, folded_tensors
 from lathe.architecture import Architecture
 from lathe.checkpoint.save import save_checkpoint
 from lathe.cli import main as command_line
@@ -58,6 +59,9 @@ ROWS = 5
 PLAIN = TrainSettings(
     steps=4, accumulate=2, dropout=0.0, optimizer=OptimizerSettings(lr=5e-3, clip=0.5), evaluate_every=2
 )
+# A layer with a low-rank update in most places, and one that is trained whole.
+QUICK = replace(PLAIN, optimizer=replace(PLAIN.optimizer, lr=5e-2))
+LORA = LoraSettings(rank=2, targets="heads,reader:ffn", whole="writer:ffn")
 
 
 def batches(shape: str, ranks: Ranks | None = None, rows: int = ROWS) -> Batches:
@@ -71,13 +75,19 @@ def batches(shape: str, ranks: Ranks | None = None, rows: int = ROWS) -> Batches
 
 @dataclass
 class Case:
-    """One run, and what its loss function saw on this rank. `trouble` is what goes wrong in the third step."""
+    """One run, and what its loss function saw on this rank.
+
+    Args:
+        adapter: what is trained in place of the model.
+        trouble: what goes wrong in the third step.
+    """
 
     shape: str
     folder: Path
     ranks: Ranks
     settings: TrainSettings = PLAIN
     save: SaveSettings = field(default_factory=lambda: SaveSettings(every=2))
+    adapter: LoraSettings | None = None
     trouble: str = ""
     losses: list[float] = field(default_factory=list)
     draws: list[float] = field(default_factory=list)
@@ -100,6 +110,8 @@ class Case:
     def run(self, until: int | None = None) -> Case:
         """Train, to the end or until all ranks are interrupted after a step."""
         model, data = Transformer(SHAPES[self.shape][0], seed=0), batches(self.shape, self.ranks)
+        if self.adapter is not None:
+            add_lora(model, self.adapter)
 
         def on_step(report: StepReport) -> None:
             self.losses.append(report.loss)
@@ -112,7 +124,7 @@ class Case:
                 data,
                 self.settings,
                 self.folder,
-                write_model=lambda path: save_checkpoint(path, model.architecture, model.state_dict()),
+                write_model=lambda path: save_checkpoint(path, model.architecture, folded_tensors(model)),
                 save=self.save,
                 evaluation=data.one_pass(3),
                 loss_fn=self.loss,
@@ -131,6 +143,7 @@ class Case:
 def one_rank(folder: Path, ranks: Ranks) -> None:
     for shape in SHAPES:
         Case(shape, folder / f"one-{shape}", ranks).run()
+    Case("gpt2", folder / "one-lora", ranks, QUICK, adapter=LORA).run()
 
 
 def two_ranks(folder: Path, ranks: Ranks) -> None:
@@ -139,6 +152,7 @@ def two_ranks(folder: Path, ranks: Ranks) -> None:
             # Where layers are computed again, they are gathered again.
             settings = replace(PLAIN, parallel=parallel, checkpointing=shape == "t5")
             Case(shape, folder / f"{parallel}-{shape}", ranks, settings).run()
+        Case("gpt2", folder / f"{parallel}-lora", ranks, replace(QUICK, parallel=parallel), adapter=LORA).run()
         dropping = replace(PLAIN, parallel=parallel, dropout=0.3)
         Case("gpt2", folder / f"whole-{parallel}", ranks, dropping).run()
         Case("gpt2", folder / f"resumed-{parallel}", ranks, dropping).run(until=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -180,6 +181,32 @@ def test_an_interrupted_run_ends_as_one_that_was_not(here: Path, kind: dict[str,
     assert {name.rpartition(":")[0] for name in moments} == trained.keys()
 
 
+def test_training_goes_on_from_an_adapter(cli: Callable, here: Path, made: Path):
+    first = cli("train", "./gpt2", *LORA, "steps=6", "out=first", "--json")
+    last = json.loads(first.out)["model"]
+    words = [last, *DATA, "objective=causal", "optimizer.lr=2e-2", "steps=6", "--json"]
+    done = cli("train", *words, "out=second")
+    assert done.code == 0, done.err
+    assert "parameters of an adapter on" in done.err
+    lines = [(here / f"{name}/metrics.jsonl").read_text().splitlines()[0] for name in ("first", "second")]
+    start, again = (json.loads(line)["loss"] for line in lines)
+    assert again < start  # the same batch, read by what the first run left
+    second = json.loads(done.out)["model"]
+    assert base_of(second) == "./gpt2"
+    before, after = (json.loads((Path(each) / "adapter_config.json").read_text()) for each in (last, second))
+    assert before == after
+    old, new = (load_file(Path(each) / "adapter_model.safetensors") for each in (last, second))
+    assert old.keys() == new.keys()
+    assert not any(torch.equal(old[name], new[name]) for name in old)
+    # An interrupted run goes on from its own checkpoint, and only with the adapter that it started from.
+    assert cli("train", *words, "out=third", "save.every=3").code == 0
+    assert json.loads(cli("train", *words, "out=third", "save.every=3", "--resume").out)["step"] == 6
+    shutil.rmtree(here / "first/checkpoints")
+    cli("train", "./gpt2", *LORA, "steps=6", "seed=5", "out=other", "--json")
+    shutil.copytree(here / "other/checkpoints", here / "first/checkpoints", symlinks=True)
+    assert "was started with base_weights=" in cli("train", *words, "out=third", "save.every=3", "--resume").err
+
+
 def test_a_run_killed_at_random_instants_ends_as_one_that_was_not(here: Path):
     program = Path(__file__).with_name("killed.py")
     command = [sys.executable, str(program), str(here), "1", "6", "40", "adapter"]
@@ -252,7 +279,12 @@ def test_models_and_adapters_are_not_taken_for_each_other(cli: Callable, here: P
     run("lora", {})
     last = "lora/checkpoints/last"
     ran = cli("train", last, *LORA, "steps=1", "out=again")
-    assert "is an adapter and no model: fold it into its base first" in ran.err
+    assert "is an adapter, and training goes on with it as it is: leave adapter out" in ran.err
+    assert (
+        "d_ff=9: the adapter lora/checkpoints/last is for one base and one head"
+        in cli("train", last, *DATA, "objective=causal", "steps=1", "out=again", "d_ff=9").err
+    )
+    assert not (here / "again").exists()
     new = cli("train", "gpt2", *LORA, "steps=1", "out=again", "tokenizer=gpt2/")
     assert "an adapter is for a model that is trained" in new.err
     assert "holds no adapter_config.json" in cli("evaluate", "./gpt2", "--adapter", "bert", "data=text.txt").err

@@ -81,7 +81,7 @@ def assert_near(found: Found, run: str, other: str) -> None:
         torch.testing.assert_close(tensor, right_tensors[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, "lora"])
 @pytest.mark.parametrize("parallel", PARALLEL)
 def test_two_ranks_take_the_steps_of_one(found: Found, parallel: str, shape: str):
     assert found.ends["runs"] == [(0, ""), (0, "")]

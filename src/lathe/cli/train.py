@@ -105,11 +105,12 @@ def _show(folder: Path, result: TrainResult, as_json: bool) -> None:
 
 
 def _about(job: Job) -> str:
+    from lathe.adapt import adapter_names
     from lathe.blueprint import stored
 
     model, corpus = job.subject.model, job.batches.corpus
     parameters = sum(p.size for p in stored(model.architecture) if p.trained)
-    if job.request.adapter is not None:
+    if adapter_names(model):
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         parameters_of = f"{trained:,} parameters of an adapter on {parameters:,}"
     else:

@@ -117,11 +117,6 @@ def open_job(request: RunSettings, ranks: Ranks = ALONE) -> Job:
 
 
 def _opened(request: RunSettings, ranks: Ranks, device: str) -> Job:
-    if is_adapter(request.model):
-        raise RequestError(
-            f"{request.model} is an adapter and no model: fold it into its base first "
-            "(lathe adapt merge BASE ADAPTER DESTINATION), or train on its base"
-        )
     subject = open_subject(request.model, request.tokenizer, request.architecture, request.seed, device)
     made = make_objective(subject, request.objective)
     data = request.data
@@ -146,6 +141,13 @@ def _opened(request: RunSettings, ranks: Ranks, device: str) -> Job:
 
 def _adapt(request: RunSettings, subject: Subject) -> dict[str, Any]:
     """Put the adapter that a request asks for on its model; what a resume must then ask again."""
+    if adapter_names(subject.model):
+        if request.adapter is not None:
+            raise RequestError(
+                f"{request.model} is an adapter, and training goes on with it as it is: leave adapter out, or fold it "
+                "into its base first (lathe adapt merge BASE ADAPTER DESTINATION)"
+            )
+        return {"adapter": "from its directory", "base_weights": sample(subject.model)}
     if request.adapter is None:
         return {}
     if subject.base is None:
@@ -191,6 +193,9 @@ def open_subject(
     if is_adapter(model):
         if adapter is not None:
             raise RequestError(f"{model} is an adapter and no model: expected the base of {adapter}")
+        if changes:
+            key, value = next(iter(changes.items()))
+            raise RequestError(f"{key}={value}: the adapter {model} is for one base and one head; leave the sizes out")
         return _adapted(base_of(model), model, tokenizer, where)
     if adapter is not None:
         return _adapted(model, adapter, tokenizer, where)
