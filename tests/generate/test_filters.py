@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -27,6 +28,8 @@ SAMPLERS: dict[str, list[Any]] = {
     "top_p": [1e-6, 0.1, 0.5, 0.9, 0.999],
     "min_p": [0.0, 0.02, 0.3, 1.0],
     "typical_p": [1e-6, 0.2, 0.6, 0.95],
+    "epsilon_cutoff": [1e-4, 0.02, 0.3, 0.9],
+    "eta_cutoff": [1e-4, 0.02, 0.3, 0.9],
 }
 PROCESSORS: dict[str, list[Any]] = {
     "repetition_penalty": [0.5, 1.3, 5.0],
@@ -124,6 +127,15 @@ def test_each_setting_alone_leaves_the_distribution_of_transformers_and_changes_
     assert bites
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_every_pair_of_settings_leaves_the_distribution_of_transformers() -> None:
+    values = {**SAMPLERS, **PROCESSORS}
+    for place, (one, two) in enumerate(itertools.combinations(values, 2)):
+        # Each value comes with several of the other setting over all pairs; new tokens and prompts vary too.
+        given = {name: values[name][place % len(values[name])] for name in (one, two)}
+        check(given, seed=place, new=place % 6, prompt=1 + place % 3, spread=2.0, beams=1 + 2 * (place % 2))
+
+
 def test_top_k_and_top_p_by_hand() -> None:
     x, at = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log(), history()
     keep: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": None, "top_p": 1.0}
@@ -140,6 +152,19 @@ def test_min_p_and_typical_p_by_hand() -> None:
     # The entropy is 1.21 nats; surprises are 0.69, 1.35, 2.12 and 2.12: the second token is the most typical one.
     assert filtered(x, at, **keep, typical_p=0.2).isfinite().tolist() == [[False, True, False, False]]
     assert filtered(x, at, **keep, typical_p=0.6).isfinite().tolist() == [[True, True, False, False]]
+
+
+def test_cutoffs_by_hand() -> None:
+    x, at = torch.tensor([[0.5, 0.26, 0.12, 0.12], [0.97, 0.01, 0.01, 0.01]]).log(), history()
+    keep: dict[str, Any] = {"do_sample": True, "top_k": None}
+    cut = filtered(x, at, **keep, epsilon_cutoff=0.2).isfinite()
+    assert cut.tolist() == [[True, True, False, False], [True, False, False, False]]
+    # The bounds are √0.04 · e^-1.21 = 0.060 and, where the model is sure, 0.04 itself.
+    cut = filtered(x, at, **keep, eta_cutoff=0.04).isfinite()
+    assert cut.tolist() == [[True, True, True, True], [True, False, False, False]]
+    # √0.2 · e^-1.21 = 0.134 in the first row, where 0.2 would be the bound without the entropy.
+    cut = filtered(x, at, **keep, eta_cutoff=0.2).isfinite()
+    assert cut.tolist() == [[True, True, False, False], [True, False, False, False]]
 
 
 def test_tokens_as_likely_as_the_last_kept_are_kept() -> None:

@@ -110,6 +110,10 @@ def _sampling(settings: Settings) -> list[Filter]:
         found.append(Filter("min_p", lambda x, _: min_p(x, least, keep)))
     if settings.typical_p < 1.0:
         found.append(Filter("typical_p", lambda x, _: typical_p(x, settings.typical_p, keep)))
+    if settings.epsilon_cutoff > 0.0:
+        found.append(Filter("epsilon_cutoff", lambda x, _: epsilon_cutoff(x, settings.epsilon_cutoff, keep)))
+    if settings.eta_cutoff > 0.0:
+        found.append(Filter("eta_cutoff", lambda x, _: eta_cutoff(x, settings.eta_cutoff, keep)))
     return found
 
 
@@ -159,6 +163,29 @@ def typical_p(logits_BV: Tensor, p: float, keep: int = 1) -> Tensor:
     dropped_BV = away_BV > away_BV.gather(1, last_B1)
     dropped_BV[:, :keep] = False
     return logits_BV.masked_fill(dropped_BV.scatter(1, order_BV, dropped_BV), -torch.inf)
+
+
+def epsilon_cutoff(logits_BV: Tensor, epsilon: float, keep: int = 1) -> Tensor:
+    """Keep the tokens at least `epsilon` likely (Hewitt et al. 2022, §4.1); `keep` tokens are kept in any case."""
+    return _at_least(logits_BV, logits_BV.new_full((len(logits_BV), 1), epsilon), keep)
+
+
+def eta_cutoff(logits_BV: Tensor, epsilon: float, keep: int = 1) -> Tensor:
+    """The same with a bound that falls where the model is unsure: the smaller of `epsilon` and √epsilon · e^-entropy.
+
+    Among many tokens with little chance each, a bound that is right where the model is sure would leave few of them
+    (Hewitt et al. 2022, §4.2).
+    """
+    log_p_BV = logits_BV.log_softmax(dim=-1)
+    entropy_B1 = -(log_p_BV * log_p_BV.exp()).nansum(dim=-1, keepdim=True)
+    return _at_least(logits_BV, (epsilon**0.5 * (-entropy_B1).exp()).clamp(max=epsilon), keep)
+
+
+def _at_least(logits_BV: Tensor, least_B1: Tensor, keep: int) -> Tensor:
+    """Without the tokens less likely than a bound, of which the `keep` likeliest stay."""
+    kept_B1 = logits_BV.topk(min(keep, logits_BV.shape[-1])).values[:, -1:]
+    dropped_BV = (logits_BV.softmax(dim=-1) < least_B1) & (logits_BV < kept_B1)
+    return logits_BV.masked_fill(dropped_BV, -torch.inf)
 
 
 def ban(logits_BV: Tensor, ids: tuple[int, ...]) -> Tensor:

@@ -24,7 +24,7 @@ from lathe.spec import Spec, size, unknown
 log = logging.getLogger("lathe")
 
 DEFAULT_NEW_TOKENS = 20
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 BEAMS = ("length_penalty", "early_stopping", "num_beam_groups", "diversity_penalty")
 
 # Settings of `transformers` that Lathe does not do, each with the value that means the same as leaving it out.
@@ -38,8 +38,6 @@ NEUTRAL: dict[str, Any] = {
     "watermarking_config": None,
     "remove_invalid_values": False,
     "top_h": None,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
     "max_time": None,
     "token_healing": False,
     "dola_layers": None,
@@ -89,8 +87,8 @@ class Settings(Spec):
         max_length: the same, with the prompt's columns counted; 20 new tokens where neither is given.
         min_new_tokens, min_length: until then no end-of-sequence token is chosen.
         do_sample: draw each token from the model's distribution; else take the likeliest.
-        temperature, top_k, top_p, min_p, typical_p: how the distribution is sharpened and cut before a draw; see
-            `lathe.generate.filters`. `top_k=None` keeps every token.
+        temperature, top_k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff: how the distribution is sharpened and
+            cut before a draw; see `lathe.generate.filters`. `top_k=None` keeps every token.
         repetition_penalty, presence_penalty, frequency_penalty, encoder_repetition_penalty: how tokens that stand in
             the text already become less likely, or those of the source more; see `lathe.generate.history`.
         no_repeat_ngram_size, encoder_no_repeat_ngram_size: no run of so many tokens comes twice, or out of the source.
@@ -124,6 +122,8 @@ class Settings(Spec):
     top_p: float = 1.0
     min_p: float | None = None
     typical_p: float = 1.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -180,6 +180,11 @@ class Settings(Spec):
                 raise RequestError(f"{name}={getattr(self, name)}: expected more than 0 and at most 1")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise RequestError(f"min_p={self.min_p}: expected a number from 0 to 1")
+        for name in ("epsilon_cutoff", "eta_cutoff"):
+            if not 0 <= getattr(self, name) < 1:
+                raise RequestError(
+                    f"{name}={getattr(self, name)}: expected at least 0, which cuts nothing, and below 1"
+                )
         for name in ("repetition_penalty", "encoder_repetition_penalty"):
             if getattr(self, name) <= 0:
                 raise RequestError(f"{name}={getattr(self, name)}: expected more than 0; 1 is no penalty")
