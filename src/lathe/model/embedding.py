@@ -19,6 +19,16 @@ from lathe.model.positions import sinusoid
 class TokenTable(nn.Embedding):
     """The token table, read by row on the way in and, when tied, by column on the way out."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where the table is."""
+        return self.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the table, and so of the stream."""
+        return self.weight.dtype
+
     def logits(self, hidden_BTE: Tensor, bias_V: Tensor | None = None) -> Tensor:
         """Each hidden state's product with every row, B × T × V."""
         return F.linear(hidden_BTE, self.weight, bias_V)

@@ -57,12 +57,12 @@ class Transformer(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.embedding.tokens.weight.device
+        return self.embedding.tokens.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of the token table, and of the stream."""
-        return self.embedding.tokens.weight.dtype
+        return self.embedding.tokens.dtype
 
     def set_checkpointing(self, on: bool) -> None:
         """Whether the backward pass recomputes each layer instead of keeping its activations."""
