@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lathe.data import read
+from lathe.errors import RequestError
 from lathe.text import Tokenizer
 
 Ints = NDArray[np.int64]
@@ -94,7 +95,7 @@ class KneserNey:
         discounts = _discounts(counts)
         n_prefixes = 1 if n == 1 else len(keys[n - 2])
         totals = np.bincount(prefixes, weights=counts, minlength=n_prefixes).astype(np.int64)
-        left = np.bincount(prefixes, weights=discounts[np.minimum(counts, 3)], minlength=n_prefixes)
+        left = np.bincount(prefixes, weights=discounts[np.minimum(counts, 3)], minlength=n_prefixes).astype(np.float64)
         return Level(keys[n - 1], counts, discounts, totals, left)
 
     def log2(self, documents: list[list[int]]) -> Floats:
@@ -158,12 +159,15 @@ def main() -> None:
 
 def documents(tokenizer: Tokenizer, files: list[str]) -> tuple[list[list[int]], int]:
     """The tokens of each record with the mark of its end, and how many bytes the records have."""
+    eos = tokenizer.eos_id
+    if eos is None:
+        raise RequestError("the tokenizer has no end token, and each record is closed with it; give another tokenizer")
     found, n_bytes = [], 0
     for named in files:
         file, _, column = named.partition(":")
         texts = [record["text"] for record in read(file, fields={"text": column or "text"})]
         n_bytes += sum(len(text.encode()) for text in texts)
-        found += [[*ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(texts, add_special_tokens=False)]
+        found += [[*ids, eos] for ids in tokenizer.encode_batch(texts, add_special_tokens=False)]
     return found, n_bytes
 
 
