@@ -1,0 +1,86 @@
+"""What a cut of each other axis costs: feed-forward, heads, depth, factorised embeddings, shared layers.
+
+    python results/axes.py bert --out axes-bert
+
+Each cut is of the model that a run left, fitted on the run's training text; its validation perplexity over the
+parent's, without healing and healed with 5% of the tokens that the parent was trained on (`--heal 0` leaves that out).
+The table goes to stdout and to OUT.md; runs that were interrupted go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from parent import Ledger, Parent, open_parent
+
+import lathe
+from lathe.reshape.heal import HealSettings, heal
+from lathe.reshape.measure import parameters_of
+
+
+def main() -> None:
+    """Cut each axis, heal, and print the table."""
+    given = _words()
+    parent = open_parent(given.run, given.held_tokens)
+    given.out.mkdir(parents=True, exist_ok=True)
+    ledger = Ledger(given.out.with_suffix(".json"))
+    fitted = [batch.inputs for batch in parent.sample(given.tokens)]
+    whole = ledger.once("parent", parent.perplexity)
+    tokens = round(given.heal * parent.tokens)
+    lines = [
+        f"{parent}, perplexity {whole:.3f}.",
+        "",
+        "| cut | parameters | unhealed |" + (f" healed, {tokens:,} tokens |" if tokens else ""),
+        "|---|---:|---:|" + ("---:|" if tokens else ""),
+    ]
+    for name, changes in _cuts(parent.model).items():
+        cut = lathe.resize(parent.model, calibrate=fitted, own_form=True, **changes)
+        cells = [name, f"{parameters_of(cut):,}"]
+        cells.append(f"{ledger.once(name, parent.perplexity, cut) / whole:.3f}")
+        if tokens:
+            folder = given.out / name.replace(" ", "-").replace("=", "-").replace(":", "-")
+            healed = ledger.once(f"{name}, healed", _healed, parent, cut, tokens, given.lr, folder)
+            cells.append(f"{healed / whole:.3f}")
+        lines.append(f"| {' | '.join(cells)} |")
+        given.out.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(given.out.with_suffix(".md").read_text(encoding="utf-8"))
+
+
+def _cuts(model: lathe.Model) -> dict[str, dict[str, Any]]:
+    """Names of cuts and what `lathe.resize` is asked for them; sizes follow from the parent's."""
+    d_model, stack = model.architecture.d_model, next(iter(dict(model.architecture.stacks).values()))
+    d_ff, heads = stack.feed_forward.d_ff, stack.attention.n_heads
+    found: dict[str, dict[str, Any]] = {}
+    for size in (round(d_ff * part) for part in (0.75, 0.5, 0.25)):
+        found[f"d_ff={size}"] = {"d_ff": size}
+    for size in sorted({heads - 1, -(-heads // 2)}, reverse=True):
+        found[f"n_heads={size}"] = {"n_heads": size}
+    found[f"n_layers={stack.n_layers - 1}"] = {"n_layers": stack.n_layers - 1}
+    for size in (round(d_model * part) for part in (2 / 3, 1 / 2, 1 / 3)):
+        found[f"d_embed={size}"] = {"d_embed": size}
+    for mode in ("all", "attention", "feed_forward", "groups:2"):
+        found[f"sharing={mode}"] = {"sharing": mode}
+    return found
+
+
+def _healed(parent: Parent, model: lathe.Model, tokens: int, lr: float, folder: Path) -> float:
+    settings = HealSettings(file="the run's own", tokens=tokens, lr=lr, save_every=200)
+    heal(model, parent.model, parent.batches(), settings, folder)
+    return parent.perplexity(model)
+
+
+def _words() -> argparse.Namespace:
+    words = argparse.ArgumentParser(description="The price of a cut on each axis.")
+    words.add_argument("run", type=Path, help="a training run's directory")
+    words.add_argument("--tokens", type=int, default=24_000, help="how much text the cuts are fitted on")
+    words.add_argument("--held-tokens", type=int, default=20_000, help="how much text all is measured on")
+    words.add_argument("--heal", type=float, default=0.05, help="the share of the parent's training tokens")
+    words.add_argument("--lr", type=float, default=1e-3, help="of the healing")
+    words.add_argument("--out", type=Path, required=True, help="where the runs, OUT.json and OUT.md are kept")
+    return words.parse_args()
+
+
+if __name__ == "__main__":
+    main()

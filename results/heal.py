@@ -1,0 +1,97 @@
+"""Cut and healed, beside trained from nothing: validation perplexity over the parent's.
+
+    python results/heal.py bert --out heal-bert
+
+The model that a run left is cut (rotate + refit) and healed with 5 and 20% of the tokens that it was trained on, from
+the same text. Beside it stand models of the cut's size that were trained from nothing, with the run's own settings:
+one on as many tokens as each healing took, and one on the parent's whole budget (`--whole`). Every training is a run
+in OUT, which goes on where it was interrupted; the table goes to stdout and to OUT.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from parent import Ledger, Parent, asked, open_parent, width
+
+import lathe
+from lathe.data.batch import Batch
+from lathe.reshape.heal import HealSettings, heal
+from lathe.reshape.measure import parameters_of
+from lathe.train.job import open_job
+
+
+def main() -> None:
+    """Cut, heal, train, and print the table."""
+    given = _words()
+    parent = open_parent(given.run, given.held_tokens)
+    given.out.mkdir(parents=True, exist_ok=True)
+    ledger = Ledger(given.out.with_suffix(".json"))
+    fitted = parent.sample(given.tokens)
+    whole = ledger.once("parent", parent.perplexity)
+    budgets = {f"{100 * part:g} %": round(part * parent.tokens) for part in given.heal}
+    header = ["width", "parameters", "cut", *(f"healed, {name}" for name in budgets)]
+    header += [f"from nothing, {name}" for name in budgets] + (["from nothing, all"] if given.whole else [])
+    rows = []
+    for share in given.shares:
+        size = width(parent.model, share)
+        cut = _cut(parent, size, fitted)
+        found = [ledger.once(f"{size} cut", parent.perplexity, cut)]
+        for tokens in budgets.values():
+            found.append(ledger.once(f"{size} healed {tokens}", _healed, parent, cut, tokens, given.lr, given.out))
+        for tokens in [*budgets.values(), *([parent.tokens] if given.whole else [])]:
+            found.append(ledger.once(f"{size} new {tokens}", _new, parent, size, tokens, given.out))
+        cells = [f"{100 * share:g} % ({size})", f"{parameters_of(cut):,}", *(f"{each / whole:.3f}" for each in found)]
+        rows.append(f"| {' | '.join(cells)} |")
+        tokens_of = ", ".join(f"{name} are {tokens:,} tokens" for name, tokens in budgets.items())
+        lines = [
+            f"{parent}, perplexity {whole:.3f}; {tokens_of}.",
+            "",
+            f"| {' | '.join(header)} |",
+            "|---|" + "---:|" * (len(header) - 1),
+            *rows,
+        ]
+        given.out.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(given.out.with_suffix(".md").read_text(encoding="utf-8"))
+
+
+def _cut(parent: Parent, size: int, fitted: list[Batch]) -> lathe.Model:
+    return lathe.resize(parent.model, d_model=size, calibrate=[batch.inputs for batch in fitted], own_form=True)
+
+
+def _healed(parent: Parent, cut: lathe.Model, tokens: int, lr: float, out: Path) -> float:
+    name = f"{cut.architecture.d_model}-healed-{tokens}"
+    tensors = {key: tensor.clone() for key, tensor in cut.tensors().items()}  # the cut itself stays as it is
+    model = lathe.Model(cut.architecture, tensors, tokenizer=parent.model.tokenizer)
+    settings = HealSettings(file="the run's own", tokens=tokens, lr=lr, save_every=200)
+    heal(model, parent.model, parent.batches(), settings, out / name)
+    return parent.perplexity(model)
+
+
+def _new(parent: Parent, size: int, tokens: int, out: Path) -> float:
+    folder = out / f"{size}-new-{tokens}"
+    request = asked(parent.request, out=str(folder), tokens=tokens, **{"architecture.d_model": size})
+    open_job(request).run(resume=(folder / "checkpoints").exists())
+    return parent.perplexity(lathe.load(folder / "checkpoints/last"))
+
+
+def _words() -> argparse.Namespace:
+    words = argparse.ArgumentParser(description="Cut and healed, beside trained from nothing.")
+    words.add_argument("run", type=Path, help="a training run's directory")
+    words.add_argument("--tokens", type=int, default=24_000, help="how much text the cuts are fitted on")
+    words.add_argument("--held-tokens", type=int, default=20_000, help="how much text all is measured on")
+    words.add_argument("--shares", type=_numbers, default=[0.75, 0.5])
+    words.add_argument("--heal", type=_numbers, default=[0.05, 0.2], help="shares of the parent's training tokens")
+    words.add_argument("--lr", type=float, default=1e-3, help="of the healing")
+    words.add_argument("--whole", action="store_true", help="also train each size on the parent's whole budget")
+    words.add_argument("--out", type=Path, required=True, help="where the runs, OUT.json and OUT.md are kept")
+    return words.parse_args()
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(each) for each in text.split(",")]
+
+
+if __name__ == "__main__":
+    main()
