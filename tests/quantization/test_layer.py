@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lathe.quantization import Codes, Quantized, QuantizedEmbedding, QuantizedLinear
-from lathe.quantization.codes import pack4, unpack4
+from lathe.model.codes import pack, unpack
 from lathe.quantization.layer import quantize_tokens
 
 
@@ -35,28 +35,32 @@ def by_hand(matrix: Codes) -> Tensor:
 
 
 @pytest.mark.parametrize("columns", [8, 20, 33])
-def test_packed_codes_come_back(columns: int) -> None:
-    codes = torch.randint(-8, 8, (5, columns), dtype=torch.int8)
-    packed = pack4(codes)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_codes_come_back(bits: int, columns: int) -> None:
+    high = 2 ** (bits - 1)
+    codes = torch.randint(-high, high, (5, columns), dtype=torch.int8)
+    codes[0, 0], codes[0, 1] = -high, high - 1
+    packed = pack(codes, bits)
     assert packed.dtype == torch.int32
-    assert packed.shape == (5, -(-columns // 8))
-    assert torch.equal(unpack4(packed, columns), codes)
+    assert packed.shape == (5, -(-columns * bits // 32))
+    assert torch.equal(unpack(packed, columns, bits), codes)
 
 
 def test_the_first_code_lies_in_the_lowest_bits() -> None:
-    codes = torch.tensor([[-8, -7, -6, -5, -4, -3, -2, -8]], dtype=torch.int8)
-    assert pack4(codes).tolist() == [[0x06543210]]
+    assert pack(torch.tensor([[-8, -7, -6, -5, -4, -3, -2, -8]], dtype=torch.int8), 4).tolist() == [[0x06543210]]
+    assert pack(torch.tensor([[-128, -127, -126, -128]], dtype=torch.int8), 8).tolist() == [[0x00020100]]
 
 
 @pytest.mark.parametrize(("bits", "groups", "zeros"), [(8, 1, False), (8, 2, True), (4, 1, True), (4, 2, False)])
 def test_a_layer_computes_its_dequantised_matrix(bits: int, groups: int, zeros: bool) -> None:
     matrix = drawn(bits, groups, zeros=zeros)
-    layer = QuantizedLinear(matrix, nn.Parameter(torch.randn(12)))
+    bias = nn.Parameter(torch.randn(12))
+    layer = QuantizedLinear(matrix, bias)
     x = torch.randn(2, 3, 64)
     assert torch.equal(layer.dequantized(), by_hand(matrix))
     assert torch.equal(layer.codes_OI(), matrix.codes_OI)
     assert layer.group_size == (0 if groups == 1 else 32)
-    torch.testing.assert_close(layer(x), x @ by_hand(matrix).T + layer.bias, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(layer(x), x @ by_hand(matrix).T + bias, rtol=1e-4, atol=1e-3)
 
 
 def test_int8_activations_are_rounded_to_their_own_scale() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lathe.quantization.codes import Codes
+from lathe.model.codes import Codes
 from lathe.quantization.layer import Quantized, QuantizedEmbedding, QuantizedLinear
 
 __all__ = ["Codes", "Quantized", "QuantizedEmbedding", "QuantizedLinear"]

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lathe.quantization.codes import Codes, dequantize, pack4, unpack4
+from lathe.model.codes import Codes, dequantize, pack, unpack
 
 ACTIVATIONS = ("none", "int8")
 _INT8_RANGE = 127.5  # half of the distance from −128 to 127
@@ -40,7 +40,7 @@ class Quantized(nn.Module):
     Attributes:
         bits: 8 or 4.
         group_size: weights of a row that share a scale; 0 where all do.
-        codes: int8, O × I; for 4 bits int32, packed eight to a word (`lathe.quantization.codes`).
+        codes: int8, O × I; for 4 bits int32, packed eight to a word (`lathe.model.codes`).
         scales_OG: floating point, O × G.
         zeros_OG: int8, O × G; None for symmetric codes.
     """
@@ -53,7 +53,7 @@ class Quantized(nn.Module):
         self.codes: Tensor
         self.scales_OG: Tensor
         self.zeros_OG: Tensor | None
-        self.register_buffer("codes", matrix.codes_OI if matrix.bits == 8 else pack4(matrix.codes_OI))
+        self.register_buffer("codes", matrix.codes_OI if matrix.bits == 8 else pack(matrix.codes_OI, 4))
         self.register_buffer("scales_OG", matrix.scales_OG)
         self.register_buffer("zeros_OG", matrix.zeros_OG)
 
@@ -74,7 +74,7 @@ class Quantized(nn.Module):
 
     def codes_OI(self) -> Tensor:
         """The codes one by one, int8, O × I; those of 4 bits are unpacked at each call."""
-        return self.codes if self.bits == 8 else unpack4(self.codes, self.in_features)
+        return self.codes if self.bits == 8 else unpack(self.codes, self.in_features, 4)
 
     def matrix(self) -> Codes:
         """Codes, scales and zeros as one value."""
@@ -87,14 +87,14 @@ class Quantized(nn.Module):
     def rows(self, ids: Tensor) -> Tensor:
         """Some rows of that matrix, … × I."""
         flat = ids.reshape(-1)
-        codes_NI = self.codes[flat] if self.bits == 8 else unpack4(self.codes[flat], self.in_features)
+        codes_NI = self.codes[flat] if self.bits == 8 else unpack(self.codes[flat], self.in_features, 4)
         zeros_NG = None if self.zeros_OG is None else self.zeros_OG[flat]
         return dequantize(codes_NI, self.scales_OG[flat], zeros_NG).view(*ids.shape, self.in_features)
 
     def product(self, x: Tensor) -> Tensor:
         """Each vector's product with every row, … × O."""
         if torch.is_grad_enabled() and x.requires_grad:
-            out: Tensor = _Product.apply(x, self)
+            out: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
             return out
         return self._product(x)
 

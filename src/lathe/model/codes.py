@@ -4,9 +4,9 @@ A weight w is stored as a code q of 8 or 4 bits: w ≈ s · (q − z). The scale
 the matrix), or to a group of 32, 64 or 128 weights that stand beside each other in a row. z is 0 where the codes are
 symmetric; else it is a code itself and lets a group whose weights lie to one side use all of its codes.
 
-Codes of 8 bits are `int8`. Codes of 4 bits lie eight to an `int32`, as `compressed-tensors` packs them: q + 8, the
-first in the lowest four bits. Read as bytes, byte j of a row holds code 2j in its low half and code 2j + 1 in its
-high half.
+Packed codes are `compressed-tensors`' own: q + 2^(bits − 1), as many to an `int32` as it holds, the first in the
+lowest bits. Read as bytes, a code of 8 bits is a byte, and of codes of 4 bits byte j of a row holds code 2j in its low
+half and code 2j + 1 in its high half.
 
 Shape suffixes: O outputs (rows), I inputs, G groups in a row (1 where a row has one scale), W words of 32 bits.
 """
@@ -19,8 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-OFFSET = 8  # what is added to a code of 4 bits before it is packed
-PER_WORD = 8  # codes of 4 bits in an int32
+WORD = 32  # bits
 
 
 @dataclass(frozen=True)
@@ -53,28 +52,32 @@ class Codes:
 def dequantize(codes_OI: Tensor, scales_OG: Tensor, zeros_OG: Tensor | None) -> Tensor:
     """The matrix s · (q − z), O × I, in the scales' type."""
     rows, groups = scales_OG.shape
-    wide_OGI = codes_OI.view(rows, groups, -1).to(scales_OG.dtype)
+    wide_OGI = codes_OI.reshape(rows, groups, -1).to(scales_OG.dtype)
     if zeros_OG is not None:
         wide_OGI = wide_OGI - zeros_OG.to(scales_OG.dtype)[..., None]
     return (wide_OGI * scales_OG[..., None]).view(rows, -1)
 
 
-def pack4(codes_OI: Tensor) -> Tensor:
-    """Codes of 4 bits, int8, as int32 words, O × W; the last word of a row is filled up with zero bits."""
+def pack(codes_OI: Tensor, bits: int) -> Tensor:
+    """Codes, int8, as int32 words, O × W; the last word of a row is filled up with zero bits."""
     rows, columns = codes_OI.shape
-    words = math.ceil(columns / PER_WORD)
-    halves = torch.zeros(rows, words * PER_WORD, dtype=torch.uint8, device=codes_OI.device)
-    halves[:, :columns] = (codes_OI + OFFSET).to(torch.uint8)
-    pairs = halves.view(rows, words * PER_WORD // 2, 2)
-    return (pairs[..., 0] | (pairs[..., 1] << 4)).contiguous().view(torch.int32)
+    words = math.ceil(columns * bits / WORD)
+    raised = torch.zeros(rows, words * WORD // bits, dtype=torch.uint8, device=codes_OI.device)
+    raised[:, :columns] = (codes_OI.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
+    if bits == 4:
+        pairs = raised.view(rows, -1, 2)
+        raised = pairs[..., 0] | (pairs[..., 1] << 4)
+    return raised.contiguous().view(torch.int32)
 
 
-def unpack4(packed_OW: Tensor, columns: int) -> Tensor:
-    """The codes of `pack4`, O × I, int8.
+def unpack(packed_OW: Tensor, columns: int, bits: int) -> Tensor:
+    """The codes of `pack`, O × I, int8.
 
     Args:
         columns: I.
     """
-    pairs = packed_OW.contiguous().view(torch.uint8)
-    halves = torch.stack((pairs & 0xF, pairs >> 4), dim=-1).flatten(1)
-    return halves[:, :columns].to(torch.int8) - OFFSET
+    raised = packed_OW.contiguous().view(torch.uint8)
+    if bits == 4:
+        raised = torch.stack((raised & 0xF, raised >> 4), dim=-1).flatten(1)
+        return raised[:, :columns].to(torch.int8) - 8
+    return (raised[:, :columns] ^ 0x80).view(torch.int8)
