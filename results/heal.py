@@ -71,7 +71,11 @@ def _healed(parent: Parent, cut: lathe.Model, tokens: int, lr: float, out: Path)
 
 def _new(parent: Parent, size: int, tokens: int, out: Path) -> float:
     folder = out / f"{size}-new-{tokens}"
-    request = asked(parent.request, out=str(folder), tokens=tokens, **{"architecture.d_model": size})
+    data = parent.request.data
+    steps = tokens // ((data.rows or 1) * data.length)
+    warmup = min(parent.request.schedule.warmup, steps // 10)  # a short run rises as early in its time
+    changes = {"tokens": tokens, "schedule.warmup": warmup, "architecture.d_model": size, "evaluate_every": None}
+    request = asked(parent.request, out=str(folder), **changes)
     open_job(request).run(resume=(folder / "checkpoints").exists())
     return parent.perplexity(lathe.load(folder / "checkpoints/last"))
 

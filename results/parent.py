@@ -42,8 +42,7 @@ class Parent:
     @property
     def tokens(self) -> int:
         """How many tokens it was trained on."""
-        lines = (self.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return int(json.loads(lines[-1])["tokens"])
+        return trained_tokens(self.run)
 
     def __str__(self) -> str:
         sizes = f"d_model {self.model.architecture.d_model}, {parameters_of(self.model):,} parameters"
@@ -71,11 +70,20 @@ class Parent:
 def open_parent(run: Path, held_tokens: int) -> Parent:
     """Open a run that has ended."""
     request = read_request(json.loads((run / "run.json").read_text(encoding="utf-8")), {})
+    done = trained_tokens(run)
+    if request.tokens is not None and done < request.tokens:
+        raise SystemExit(f"{run} is at {done:,} of {request.tokens:,} tokens: let it end first")
     job = open_job(asked(request, out=str(run), **{"data.validation_batches": None}))
     assert job.evaluation is not None
     counts = itertools.accumulate(batch.tokens for batch in job.evaluation)
     enough = next((n for n, count in enumerate(counts, start=1) if count >= held_tokens), len(job.evaluation))
     return Parent(lathe.load(run / "checkpoints/last"), run, request, job.evaluation[:enough])
+
+
+def trained_tokens(run: Path) -> int:
+    """How many tokens a run has trained on."""
+    last = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+    return int(json.loads(last)["tokens"])
 
 
 def asked(request: RunSettings, **changes: Any) -> RunSettings:

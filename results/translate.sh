@@ -10,3 +10,4 @@ lathe train "$CONFIGS/t5.yaml" --resume \
 	data.tasks.korean.train="$docs" data.tasks.korean.validation="$docs_valid" \
 	data.tasks.english.train="$docs" data.tasks.english.validation="$docs_valid" \
 	data.tasks.chat.train="$chat" data.tasks.chat.validation="$chat_valid"
+lathe evaluate t5/checkpoints/best --run t5 generate.num_beams=4 --outputs t5-outputs.jsonl --json
