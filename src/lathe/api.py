@@ -27,12 +27,14 @@ from lathe.errors import RequestError
 from lathe.families import class_name, family, holder, read_config, write_config
 from lathe.families.adapter import Reader, fuse, to_disk
 from lathe.model.transformer import Transformer
+from lathe.spec import plain
 from lathe.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from lathe.planner import Plan
     from lathe.reshape import Step
     from lathe.reshape.budget import BudgetPlan
+    from lathe.reshape.history import History
     from lathe.reshape.vocabulary import Vocabulary
     from lathe.text.corpus import Corpus
 
@@ -48,6 +50,7 @@ class Model(Transformer):
         tokenizer: text to ids and back; None where the model has none.
         generation: settings that `generate` starts from (`generation_config.json`).
         config: the Hugging Face config that the model came with.
+        directory: where its files are, if it was read from any.
 
     >>> import lathe, torch
     >>> small = lathe.preset("t5-small").with_(d_model=32, d_ff=64, n_layers=1, vocab_size=64)
@@ -65,6 +68,7 @@ class Model(Transformer):
         tokenizer: Tokenizer | None = None,
         generation: Mapping[str, Any] | None = None,
         config: Mapping[str, Any] | None = None,
+        directory: str | Path | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -77,6 +81,8 @@ class Model(Transformer):
         self.generation = dict(generation or {})
         self.config = dict(config or {})
         self.steps: tuple[Step, ...] = ()  # what was done to get here, where the model was resized
+        self.history: History | None = None  # the same with what it cost, for `save` to write down
+        self.name, self.directory = "a model in memory", None if directory is None else Path(directory)
         if device is not None or dtype is not None:
             self.to(device=device, dtype=dtype)
         self.eval()
@@ -103,6 +109,7 @@ class Model(Transformer):
             tokenizer=tokenizer,
             generation=checkpoint.generation,
             config=checkpoint.config,
+            directory=checkpoint.directory,
             device=device,
             dtype=dtype,
         )
@@ -111,16 +118,27 @@ class Model(Transformer):
         """Every stored parameter by the blueprint's name, detached; an active adapter is folded in (`lathe.adapt`)."""
         return folded_tensors(self)
 
-    def save(self, path: str | Path, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES, replace: bool = False) -> Saved:
+    def save(
+        self,
+        path: str | Path,
+        *,
+        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+        replace: bool = False,
+        report: bool = True,
+    ) -> Saved:
         """Write the model, its tokenizer and its generation settings to a directory.
 
         Stock `transformers` opens it where the architecture's family can hold it; otherwise it is Lathe's own
         form, and a warning names the reasons. An active adapter is folded in, so that what is opened computes what
         this model computes; `lathe.adapt.save_adapter` writes the adapter alone.
 
+        A model that was resized gets what `lathe resize` writes as well: its recipe (`lathe.json`), `report.html`, and
+        a model card (`README.md`).
+
         Args:
             path: must not exist, unless `replace`.
             max_shard_bytes: the size past which the weights are split.
+            report: open what was written once more, compare, and write the report and the card of a resized model.
 
         Raises:
             RequestError: `path` exists.
@@ -132,20 +150,39 @@ class Model(Transformer):
         ...     lathe.Model(tiny, seed=0).save(folder + "/tiny").stock
         True
         """
-        saved = save_checkpoint(
-            path,
-            self.architecture,
-            self.tensors(),
-            tokenizer=self.tokenizer,
-            generation=self.generation,
-            config=self.config,
-            max_shard_bytes=max_shard_bytes,
-            replace=replace,
-        )
+        if self.history is None:
+            saved = save_checkpoint(
+                path,
+                self.architecture,
+                self.tensors(),
+                tokenizer=self.tokenizer,
+                generation=self.generation,
+                config=self.config,
+                max_shard_bytes=max_shard_bytes,
+                replace=replace,
+            )
+        else:
+            saved = self._save_resized(self.history, Path(path), max_shard_bytes, replace=replace, report=report)
         if not saved.stock:
             why = "; ".join(saved.reasons) or "the architecture names no family"
             log.warning("saved %s in Lathe's own form, which stock transformers cannot open: %s", path, why)
         return saved
+
+    def _save_resized(
+        self, history: History, path: Path, max_shard_bytes: int, *, replace: bool, report: bool
+    ) -> Saved:
+        from lathe.report.resizing import pages
+        from lathe.reshape.at_hand import save_with_pages
+        from lathe.reshape.history import Made
+
+        return save_with_pages(
+            Made(self, self.tokenizer, self.generation, self.config),
+            history,
+            path,
+            pages=pages if report else None,
+            max_shard_bytes=max_shard_bytes,
+            replace=replace,
+        )
 
     def generate(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **settings: Any
@@ -223,7 +260,9 @@ def load(
         if revision is not None:
             raise RequestError(f"revision={revision}: {model} is an adapter's directory, which has none; leave it out")
         return _from_adapter(model, device, dtype)
-    return Model.from_checkpoint(open_checkpoint(model, revision), device=device, dtype=dtype)
+    loaded = Model.from_checkpoint(open_checkpoint(model, revision), device=device, dtype=dtype)
+    loaded.name = str(model)
+    return loaded
 
 
 def resize(
@@ -245,7 +284,8 @@ def resize(
 
     Args:
         calibrate: text of the kind that the model is used on: a file that `lathe.data.read` opens, of which 65,536
-            tokens are drawn and shown to the model as its objective wants them; or batches: tensors of token ids, or
+            tokens are drawn and shown to the model as its objective wants them, and a tenth is kept apart to measure
+            the loss on; or batches: tensors of token ids, or
             mappings of the model's keyword arguments, where padding is marked by `attention_mask`. What only grows,
             and `truncate`, need none.
         method: how a width is cut: `rotate` (least loss), `select` or `truncate` (for comparison).
@@ -268,62 +308,67 @@ def resize(
         >>> lathe.resize(lathe.Model(tiny, seed=0), d_model=24, calibrate=[text]).architecture.d_model
         24
     """
-    from lathe.reshape import resize as reshape
-    from lathe.reshape.vocabulary import Vocabulary, renumbered_settings, settings_ids
+    from lathe.reshape.at_hand import in_words, stored_digest
+    from lathe.reshape.carry_out import Work
+    from lathe.reshape.job import Silent, Source, job_at_hand
+    from lathe.reshape.recipe import digest_of
+    from lathe.reshape.request import ResizeRequest
+    from lathe.reshape.text import TextSettings
+    from lathe.reshape.vocabulary import Vocabulary
 
-    source = model
-    if adapter_names(model):  # what the model computes now, in weights of its own axes
-        source = Model(model.architecture, model.tensors()).train(model.training)
     asked = vocabulary if vocabulary is None or isinstance(vocabulary, Vocabulary) else Vocabulary(vocabulary)
+    text, batches = None, []
     if isinstance(calibrate, str | os.PathLike):
-        batches = _from_file(model, calibrate, seed)
+        text = TextSettings(file=os.fspath(calibrate), seed=seed)
+        _require_tokenizer(model, text.file)
     else:
         calibrate = batches = [_as_batch(model, each) for each in calibrate]
-    if any(limit is not None for limit in (max_parameters, max_bytes, max_latency)):
+    how: dict[str, Any] = {"method": method, "refit": refit, "share": share, "seed": seed, "own_form": own_form}
+    limits = {"max_parameters": max_parameters, "max_bytes": max_bytes, "max_latency": max_latency}
+    budget: dict[str, Any] | None = None
+    if any(limit is not None for limit in limits.values()):
         if vocabulary is not None:
             raise RequestError("a budget chooses the vocabulary's size by itself: leave vocabulary out, or the budget")
-        plan = plan_budget(
-            model,
-            calibrate=calibrate,
-            max_parameters=max_parameters,
-            max_bytes=max_bytes,
-            max_latency=max_latency,
-            method=method,
-            refit=refit,
-            share=share,
-            seed=seed,
-            own_form=own_form,
-            **changes,
-        )
+        plan = plan_budget(model, calibrate=calibrate, **limits, **how, **changes)
         log.info("%s", plan)
-        changes = plan.changes
-    done = reshape(
-        source,
-        changes,
-        calibrate=batches,
-        method=method,
-        refit=refit,
-        share=share,
-        seed=seed,
-        own_form=own_form,
-        tokenizer=model.tokenizer,
-        vocabulary=asked,
-        reserved=settings_ids(model.generation) | settings_ids(model.config),
+        changes, budget = plan.changes, plan.to_dict()
+    request = ResizeRequest(
+        source=model.name,
+        changes={name: plain(value) for name, value in changes.items()},
+        **how,
+        calibrate=text,
+        vocabulary=in_words(asked),
+        device=model.device.type,
     )
+    source = Source(model.name, model.directory, model, model.tokenizer, model.generation, model.config)
+    job = job_at_hand(
+        request,
+        source,
+        stored_digest(model, model.directory, model.tokenizer),
+        batches=batches,
+        vocabulary=asked,
+        budget=budget,
+        parent=None if model.history is None else model.history.recipe,
+    )
+    training = model.training
+    model.eval()
+    try:
+        work = Work(job, Silent())
+        done = work.resize(changes)
+    finally:
+        model.train(training)
     log.info("resized: %s", "; ".join(step.name for step in done.steps))
-    generation, config = model.generation, model.config
-    if done.vocabulary is not None:
-        generation = renumbered_settings(generation, done.vocabulary.ids)
-        config = renumbered_settings(config, done.vocabulary.ids)
     resized = Model(
         done.architecture,
         done.tensors,
         tokenizer=done.tokenizer,
-        generation=generation,
-        config=config,
+        generation=work.generation,
+        config=work.config,
         device=model.device,
     )
-    resized.steps = done.steps
+    work.finish()
+    work.history.weights = digest_of(resized.tensors())
+    resized.steps, resized.history = done.steps, work.history
     return resized
 
 
@@ -414,27 +459,28 @@ def heal(
         RequestError: no tokenizer, another vocabulary, an unknown setting, or text that does not fit the model.
         LatheError: the loss is no number any more, or the disk is full.
     """
+    from lathe.reshape.at_hand import healed, stored_digest
+    from lathe.reshape.carry_out import healing_text
     from lathe.reshape.heal import HealSettings
     from lathe.reshape.heal import heal as run
-    from lathe.reshape.text import endless, read_documents
+    from lathe.reshape.measure import is_two_sided, logits_of
+    from lathe.reshape.text import endless
 
     asked = HealSettings.from_dict({"file": os.fspath(data), **settings})
     tokenizer = _require_tokenizer(model, asked.file)
-    documents, _ = read_documents(asked.text, tokenizer, apart=False)
+    history, before = model.history, None
+    if history is not None:
+        history = history.with_unknown(model, tokenizer) if history.was_changed(model) else history
+        before = logits_of(model, history.reading.ids(model, tokenizer), both=is_two_sided(model))
+    documents = healing_text(asked, tokenizer, None if history is None else history.reading)
     batches = endless(documents, asked.text, model.architecture, tokenizer)
     place = None if folder is None else Path(folder)
-    run(model, teacher, batches, asked, place, tokenizer=tokenizer, config=model.config)
+    result = run(model, teacher, batches, asked, place, tokenizer=tokenizer, config=model.config)
+    if history is not None and before is not None:
+        digest = stored_digest(teacher, teacher.directory, teacher.tokenizer)
+        is_source = digest is not None and digest == history.recipe.source.get("sha256")
+        model.history = healed(history, model, tokenizer, asked, documents, result, before, is_from_source=is_source)
     return model
-
-
-def _from_file(model: Model, file: str | os.PathLike[str], seed: int) -> list[Mapping[str, Tensor]]:
-    """A file's text as the model is shown it."""
-    from lathe.reshape.text import TextSettings, lay, read_documents
-
-    settings = TextSettings(file=os.fspath(file), seed=seed)
-    tokenizer = _require_tokenizer(model, settings.file)
-    documents, _ = read_documents(settings, tokenizer, apart=False)
-    return lay(documents, settings, model.architecture, tokenizer).inputs
 
 
 def _require_tokenizer(model: Model, file: str) -> Tokenizer:

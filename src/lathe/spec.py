@@ -79,7 +79,7 @@ class Spec:
 
     def to_dict(self) -> dict[str, Any]:
         """The record as plain JSON values; `from_dict` reads it back to an equal record."""
-        return {name: _plain(getattr(self, name)) for name in _fields(type(self))}
+        return {name: plain(getattr(self, name)) for name in _fields(type(self))}
 
     @classmethod
     def field_names(cls) -> list[str]:
@@ -130,7 +130,8 @@ def _build(value: Any, hint: Any, path: str) -> Any:
     return spec.from_dict(value, path)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A field's value as JSON has it: a record as its written form or as a dictionary."""
     if isinstance(value, Spec):
         return str(value) if hasattr(value, "parse") else value.to_dict()
     return list(value) if isinstance(value, tuple) else value

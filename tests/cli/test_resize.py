@@ -214,13 +214,13 @@ def test_what_is_wrong_is_one_line_and_leaves_nothing(cli: Callable, here: Path,
 def test_a_disk_that_fills_up_leaves_nothing(cli: Callable, here: Path, monkeypatch: pytest.MonkeyPatch):
     import errno
 
-    from lathe.reshape import carry_out
+    from lathe.reshape import history
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     before = sorted(path.name for path in here.iterdir())
-    monkeypatch.setattr(carry_out, "weight_digests", full)
+    monkeypatch.setattr(history, "weight_digests", full)
     ran = cli("resize", "t5", "new", "d_ff=40", "--device", "cpu")
     assert ran.code == 1
     assert "No space left" in ran.err

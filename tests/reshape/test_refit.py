@@ -158,7 +158,7 @@ def test_one_row_of_text_fits_nothing_and_says_so() -> None:
     architecture = gpt_like()
     batch = {"input_ids": text(architecture, rows=4, length=24)["input_ids"][:1].repeat(1, 1)}
     cut = resize(build(architecture), {"d_model": 16}, calibrate=[batch])
-    assert "one row of text cannot be split" in cut.steps[-1].name
+    assert "one row of text cannot be split" in cut.steps[-1].note
 
 
 def test_labels_say_which_rows_the_head_is_asked_about() -> None:

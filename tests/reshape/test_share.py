@@ -154,7 +154,7 @@ def test_a_refit_stays_only_where_it_helps_on_unseen_text(rows, length, helps):
     (operation,) = plan_sharing(drawn, drawn.with_(sharing="all"), "mean")
     after, (_, refit) = operation.run(context, context.start)
     assert (refit.detail["after"] < refit.detail["before"]) == helps
-    assert ("left out" in refit.name) != helps
+    assert ("no refit" in refit.name) != helps
     unfitted, _ = share(context.start, "decoder", "all")
     same = all(torch.equal(after.wide(name), unfitted.wide(name)) for name in unfitted.tensors)
     assert same != helps

@@ -4,14 +4,19 @@ PEFT's two files say what is added to which model. A head that is new with the a
 encoder) is in the file, but what kind of head it is, is not: PEFT expects the base to have it. Lathe writes the head's
 description beside the two files, as `head.json`, so that the plain base serves; without that file, the base's own head
 is taken.
+
+An adapter may give each layer its own part where the base's layers share their weights (`lathe resize … remainder=8`).
+`sharing.json` beside it says how the layers are to share then, and the base's are copied: that changes nothing by
+itself. An adapter that names no base and lies inside a model's directory is that model's.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,7 +36,7 @@ from lathe.text.tokenizer import Tokenizer
 
 M = TypeVar("M", bound=Transformer)
 
-HEAD = "head.json"
+HEAD, SHARING = "head.json", "sharing.json"
 
 
 def is_adapter(directory: str | Path) -> bool:
@@ -52,6 +57,9 @@ def base_of(directory: str | Path) -> str:
     except (ValueError, AttributeError) as error:
         raise RequestError(f"{path} is no JSON object ({error}); is the file complete?") from None
     if not isinstance(base, str) or not base:
+        around = Path(directory).expanduser().absolute().parent
+        if any((around / name).is_file() for name in (MODEL_CONFIG, OWN)):
+            return str(around)
         raise RequestError(f"{path} names no base: give the base as the model, and the adapter beside it")
     if not Path(base).expanduser().exists() and (base[0] in "/.~" or base.count("/") > 1):
         raise RequestError(
@@ -66,20 +74,57 @@ def write_head(directory: Path, architecture: Architecture) -> None:
     (directory / HEAD).write_text(json.dumps(architecture.head.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
+def write_sharing(directory: Path, architecture: Architecture) -> None:
+    """Write how the layers share weights under the adapter, beside its files."""
+    patterns = {name: str(stack.sharing) for name, stack in architecture.stacks}
+    (directory / SHARING).write_text(json.dumps(patterns, indent=2) + "\n", encoding="utf-8")
+
+
 def adapted_architecture(directory: str | Path, base: Architecture) -> Architecture:
-    """The base with the head that the adapter was trained with.
+    """The base with the head, and with the sharing of layers, that the adapter was made for.
 
     Raises:
         RequestError: a description that cannot be read.
     """
-    path = Path(directory).expanduser() / HEAD
-    if not path.is_file():
+    head, sharing = (_beside(directory, name) for name in (HEAD, SHARING))
+    if sharing is not None:
+        base = base.with_({f"{name}.sharing": pattern for name, pattern in sharing.items()})
+    if head is None:
         return base
+    made = Head.from_dict(head)
+    return base if made == base.head else base.with_({"head": made.to_dict()})
+
+
+def _beside(directory: str | Path, name: str) -> dict[str, Any] | None:
+    path = Path(directory).expanduser() / name
+    if not path.is_file():
+        return None
     try:
-        head = Head.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RequestError(f"{path} is not JSON ({error}); is the file complete?") from None
-    return base if head == base.head else base.with_({"head": head.to_dict()})
+    return found
+
+
+def _unshared(held: Mapping[str, Tensor], base: Architecture, wanted: Architecture) -> dict[str, Tensor]:
+    """The base's tensors with a copy of a shared layer for each layer that has its own now."""
+    out = dict(held)
+    for name, stack in wanted.stacks:
+        old = dict(base.stacks)[name]
+        if old.sharing == stack.sharing:
+            continue
+        out = {key: tensor for key, tensor in out.items() if _KINDS.fullmatch(key.removeprefix(f"{name}.")) is None}
+        for kind in ("attention", "cross_attention", "feed_forward"):
+            index = "feed_forward_index" if kind == "feed_forward" else "attention_index"
+            for layer in range(stack.n_layers):
+                shared = f"{name}.{kind}.{getattr(old, index)(layer)}."
+                own = f"{name}.{kind}.{getattr(stack, index)(layer)}."
+                mine = {key: tensor for key, tensor in held.items() if key.startswith(shared)}
+                out |= {own + key.removeprefix(shared): tensor.clone() for key, tensor in mine.items()}
+    return out
+
+
+_KINDS = re.compile(r"(?:attention|cross_attention|feed_forward)\..+")
 
 
 def _plain(architecture: Architecture, tensors: Mapping[str, Tensor]) -> Transformer:
@@ -112,7 +157,8 @@ def open_adapted_as(
         raise RequestError(f"{adapter} holds no {CONFIG}: expected an adapter that peft or lathe train wrote")
     checkpoint = open_checkpoint(base)
     architecture = adapted_architecture(adapter, checkpoint.architecture)
-    held = {name: checkpoint.parameters.tensor(name) for name in checkpoint.parameters.names()}
+    stored_held = {name: checkpoint.parameters.tensor(name) for name in checkpoint.parameters.names()}
+    held = _unshared(stored_held, checkpoint.architecture, architecture)
     dtype = next(iter(held.values())).dtype
     # A head of another size is another head.
     fresh = [p.name for p in stored(architecture) if p.name not in held or tuple(held[p.name].shape) != p.shape]

@@ -26,7 +26,9 @@ def command(
             metavar="[FIELD=VALUE]...",
             help="d_model=384, d_ff=1024, n_layers=4, n_heads=6, d_embed=128 …; also calibrate.tokens=100000, "
             "calibrate.field=document, data.tokens=50000, heal.steps=500, heal.lr=3e-4, objective=masked, "
-            "refit=false, share=middle, stream=true, budget.effort=3, seed=1.",
+            "refit=false, stream=true, budget.effort=3, seed=1. Tokens: vocab_size=8000, vocabulary=FILE (keep what "
+            "this text uses, or learn new pieces from it), words=[one,two], multiple_of=64. Layers: sharing=all, "
+            "share=middle, remainder=8 (what they differ by, in an adapter in DST/remainder).",
         ),
     ] = None,
     calibrate: Annotated[str | None, typer.Option(metavar="FILE", help="Text that the cut is fitted on.")] = None,
@@ -119,7 +121,8 @@ def _replay(source: str, words: dict[str, Any], recipe: Path, device: str) -> Jo
     from lathe.reshape.recipe import read_recipe
     from lathe.reshape.request import read_text
 
-    known = [name for name in words if name.partition(".")[0] == "data" or name in ("calibrate", "heal", "stream")]
+    again = ("calibrate", "vocabulary", "heal", "stream")
+    known = [name for name in words if name.partition(".")[0] == "data" or name in again]
     if len(known) < len(words):
         odd = next(name for name in words if name not in known)
         raise RequestError(f"{odd}={words[odd]}: the recipe says what is done; leave it out, or leave out --recipe")
@@ -128,6 +131,7 @@ def _replay(source: str, words: dict[str, Any], recipe: Path, device: str) -> Jo
         read_recipe(recipe),
         source,
         calibrate=words.get("calibrate"),
+        vocabulary=words.get("vocabulary"),
         heal=words.get("heal"),
         data=data,
         device=device,
@@ -156,12 +160,14 @@ def _require_free(destination: Path) -> None:
 def _show(outcome: Outcome, destination: Path) -> None:
     from rich.table import Table
 
-    from lathe.report.resizing import reload_lines, size_table, step_cells
+    from lathe.report.resizing import reload_lines, size_table, step_cells, step_notes
 
     console = answers()
     for name, kind, moved, _, loss, difference in step_cells(outcome):
         cost = "" if loss == "–" else f", loss {loss} ({difference})"
         console.print(f"{name} ({kind}): logits moved {moved}{cost}", soft_wrap=True)
+    for line in step_notes(outcome):
+        console.print(line, soft_wrap=True)
     table = Table("", "source", "result")
     for number in (1, 2):
         table.columns[number].justify = "right"

@@ -46,6 +46,8 @@ def page(outcome: Outcome, recipe: Recipe) -> str:
         "change over that of the logits before the step; the loss is that of the model after it."
     )
     made.table(STEPS, [["" if cell == "–" else cell for cell in row] for row in step_cells(outcome)])
+    for line in step_notes(outcome):
+        made.text(line)
     _details(made, outcome.steps)
     made.heading("Opened again from the disk")
     for line in reload_lines(outcome):
@@ -67,8 +69,11 @@ def page(outcome: Outcome, recipe: Recipe) -> str:
     made.heading("How it was made")
     if outcome.text:
         made.facts(outcome.text)
-    made.text("lathe.json holds the recipe. This makes the same bytes again, from the same source and the same text:")
-    made.code(_replay(outcome, recipe))
+    if recipe.obstacle:
+        made.text(f"lathe.json says how it was made. It cannot be done again from files: {recipe.obstacle}.")
+    else:
+        made.text("lathe.json holds the recipe. This makes the same bytes again, from the same source and text:")
+        made.code(_replay(recipe))
     return made.render()
 
 
@@ -97,6 +102,7 @@ def card(outcome: Outcome, recipe: Recipe) -> str:
         "",
         "Exact: every output as it was, up to rounding. The change of the logits is relative, root mean square.",
         "",
+        *(paragraph for line in step_notes(outcome) for paragraph in (line, "")),
         "## Opened again from the disk",
         "",
         *reload_lines(outcome),
@@ -105,11 +111,7 @@ def card(outcome: Outcome, recipe: Recipe) -> str:
         "",
         *(f"- {name}: {value}" for name, value in outcome.text.items()),
         "",
-        "`lathe.json` is the recipe; `report.html` has the plots. The same bytes again:",
-        "",
-        "```",
-        _replay(outcome, recipe),
-        "```",
+        *_again(recipe),
         "",
     ]
     return "\n".join(lines)
@@ -174,6 +176,11 @@ def step_cells(outcome: Outcome) -> list[tuple[str, ...]]:
     return rows
 
 
+def step_notes(outcome: Outcome) -> list[str]:
+    """What else is to be known about single steps, as sentences."""
+    return [f"Step {number}: {step.note}." for number, step in enumerate(outcome.steps, start=1) if step.note]
+
+
 def reload_lines(outcome: Outcome) -> list[str]:
     """What was found when the files were opened again, as sentences."""
     found = outcome.reload
@@ -203,7 +210,7 @@ def _title(outcome: Outcome) -> str:
 
 def _summary(outcome: Outcome) -> str:
     source, result = outcome.source, outcome.result
-    sizes = ", ".join(f"{name}={'none' if value is None else value}" for name, value in outcome.changes.items())
+    sizes = ", ".join(f"{name}={_word(value)}" for name, value in outcome.changes.items())
     text = (
         f"{source.name} with {sizes}: {result.parameters:,} parameters "
         f"({result.parameters / source.parameters:.0%} of the source's {source.parameters:,})"
@@ -218,6 +225,13 @@ def _summary(outcome: Outcome) -> str:
     form = f"stock {outcome.family} files" if outcome.family else "Lathe's own form"
     note = "" if outcome.is_comparable else f" {_OTHER_TOKENS}"
     return f"{text}. Saved as {form}.{note}"
+
+
+def _word(value: Any) -> str:
+    """A value as it is typed."""
+    if isinstance(value, list):
+        return f"[{','.join(map(str, value))}]"
+    return "none" if value is None else str(value)
 
 
 def _points(outcome: Outcome) -> tuple[list[Point], str]:
@@ -259,10 +273,22 @@ def _goes_on(steps: Sequence[Done], number: int) -> bool:
     return number < len(steps) and steps[number - 1].quality is None and not steps[number].heals
 
 
-def _replay(outcome: Outcome, recipe: Recipe) -> str:
+def _again(recipe: Recipe) -> list[str]:
+    """The recipe's lines in the card."""
+    if recipe.obstacle:
+        return [
+            f"`lathe.json` says how; it cannot be done again from files: {recipe.obstacle}. `report.html` has plots."
+        ]
+    told = "`lathe.json` is the recipe; `report.html` has the plots. The same bytes again:"
+    return [told, "", "```", _replay(recipe), "```"]
+
+
+def _replay(recipe: Recipe) -> str:
     words = ["lathe", "resize", str(recipe.source["model"]), "NEW", "--recipe", "lathe.json"]
     if recipe.calibrate is not None:
         words += ["--calibrate", str(recipe.calibrate["file"])]
+    if recipe.vocabulary is not None and recipe.vocabulary.get("file") is not None:
+        words.append(f"vocabulary={recipe.vocabulary['file']}")
     healed: Mapping[str, Any] | None = next((stage["heal"] for stage in recipe.stages if "heal" in stage), None)
     if healed is not None:
         words += ["--heal", str(healed["file"])]
@@ -281,6 +307,8 @@ def _plus(first: bool, found: Quality | None, before: Quality | None) -> str:
 def _share(value: float | None) -> str:
     if value is None:
         return "–"
+    if value == 0:
+        return "0"
     return f"{value:.2%}" if value >= 1e-4 else f"{value:.1e}"
 
 

@@ -1,4 +1,4 @@
-"""A resize job's work, inside the directory that will be the result: cut, measure, heal, write, open again.
+"""A job's work, stage by stage: cut, measure, heal; and the directory that it ends in.
 
 What is measured after each operation is the model as it is then: its loss on text that fitted nothing, and how far
 its logits moved. The files are then opened as a user would open them, by Lathe and by stock `transformers` where it
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -18,18 +17,17 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
+from lathe.adapt.opening import open_adapted
 from lathe.checkpoint.layout import find_weights
-from lathe.checkpoint.load import CONFIG, OWN
-from lathe.checkpoint.save import DEFAULT_SHARD_BYTES, Saved, write_checkpoint
+from lathe.checkpoint.save import DEFAULT_SHARD_BYTES
 from lathe.data.batch import Batch
 from lathe.model.transformer import Transformer
 from lathe.reshape.heal import HealSettings, heal
+from lathe.reshape.history import History, Made, Reading, described, outcome_of, write
 from lathe.reshape.job import Job, Reporter, open_source, recipe_of
 from lathe.reshape.measure import (
-    Quality,
-    change,
+    is_two_sided,
     logits_of,
     parameters_of,
     quality,
@@ -37,13 +35,14 @@ from lathe.reshape.measure import (
     speeds,
     weight_bytes,
 )
-from lathe.reshape.outcome import Done, Outcome, Reload, Size
-from lathe.reshape.recipe import Recipe, require_same, weight_digests, written
+from lathe.reshape.outcome import Outcome, Size
+from lathe.reshape.recipe import Recipe, require_same
 from lathe.reshape.resize import Resized, resize
+from lathe.reshape.share_remainder import REMAINDER, kept_remainder
 from lathe.reshape.spill import Tensors
 from lathe.reshape.state import Step
 from lathe.reshape.stream import StreamedTransformer, weights_of
-from lathe.reshape.text import Documents, Text, TextSettings, endless, lay, read_documents
+from lathe.reshape.text import Documents, endless, lay, read_documents
 from lathe.reshape.vocabulary import renumbered_settings, settings_ids
 from lathe.text.tokenizer import Tokenizer
 from lathe.train.loop import StepReport
@@ -61,97 +60,117 @@ def carry_out(job: Job, folder: Path, run: Path, reporter: Reporter, name: str) 
         run: where healing keeps its checkpoints.
         name: what the result is called.
     """
-    work = _Work(job, run, reporter)
+    work = Work(job, reporter)
     for stage in job.stages:
         if "resize" in stage:
             work.resize(stage["resize"])
         else:
-            work.heal(stage["heal"], stage.get("sha256"))
-    recipe = dataclasses.replace(recipe_of(job), stages=work.stages)
-    saved = write_checkpoint(
-        folder,
-        work.model.architecture,
-        weights_of(work.model),
-        tokenizer=work.tokenizer,
-        generation=work.generation,
-        config=work.config,
-        max_shard_bytes=_shard_bytes(job.source.directory),
-    )
-    digests = weight_digests(folder)
-    beside = {} if saved.stock else {"architecture": work.model.architecture.to_dict()}
-    (folder / OWN).write_text(written(recipe, digests, beside), encoding="utf-8")
+            work.heal(stage["heal"], run, stage.get("sha256"))
+    assert job.source.directory is not None
+    saved, digests = write(work.made, work.history, folder, max_shard_bytes=_shard_bytes(job.source.directory))
     if job.expected is not None:
         work.compare_with(job.expected.weights, digests)
-    return work.outcome(folder, saved, name), recipe
+    streamed = job.request.stream
+    reporter.say("opening what was written" + ("" if streamed else ", and timing it beside the source"))
+    if work.made.relaxed is None:
+        reloaded = open_source(str(folder), stream=streamed).model
+    else:
+        reloaded, _ = open_adapted(str(folder), folder / REMAINDER)
+    speed = {} if streamed else work.timed(reloaded)  # else it would be the disk's speed
+    work.finish()
+    outcome = outcome_of(work.made, work.history, folder, saved, name, reloaded, speed=speed, streamed=streamed)
+    return outcome, work.history.recipe
 
 
-class _Work:
-    """The model as it is by now, and what was found on the way."""
+class Work:
+    """A job's model as it is by now, and its history."""
 
-    def __init__(self, job: Job, run: Path, reporter: Reporter) -> None:
-        self.job, self.run, self.reporter = job, run, reporter
-        self.model: Transformer = job.source.model
-        self.tokenizer = job.source.tokenizer
+    def __init__(self, job: Job, reporter: Reporter) -> None:
+        self.job, self.reporter = job, reporter
+        source, request = job.source, job.request
+        self.model: Transformer = source.model
+        self.tokenizer = source.tokenizer
         # The source with the vocabulary of today, and the settings with its ids.
-        self.teacher: Transformer = job.source.model
-        self.generation, self.config = job.source.generation, job.source.config
-        self.stages: list[dict[str, Any]] = []
-        self.steps: list[Done] = []
-        self.curves: dict[str, list[tuple[int, float]]] = {}
-        self.facts: dict[str, str] = {}
-        self.before: Quality | None = self._quality(self.model, self.tokenizer)
-        self._ids = sample_ids(self.model, self._held(self.model, self.tokenizer), job.request.seed)
-        self._logits = self._sampled(self.model)
-        if self.before is not None:
-            reporter.say(f"{job.source.name}: {parameters_of(self.model):,} parameters, loss {self.before.loss:.4f}")
+        self.teacher: Transformer = source.model
+        self.generation, self.config = source.generation, source.config
+        self.relaxed: Transformer | None = None
+        reading = Reading(job.held, request.data or request.calibrate, request.objective, request.seed, job.apart)
+        held = reading.laid(self.model, self.tokenizer)
+        before = None if held is None else quality(self.model, held)
+        self.history = History(
+            Size(source.name, parameters_of(self.model), _bytes_of(job), before),
+            job.shown_changes,
+            _card_of(source.directory),
+            source.hub_id,
+            recipe_of(job),
+            reading,
+        )
+        self._logits = logits_of(self.model, reading.ids(self.model, self.tokenizer), both=is_two_sided(self.model))
+        if before is not None:
+            reporter.say(f"{source.name}: {parameters_of(self.model):,} parameters, loss {before.loss:.4f}")
+
+    @property
+    def made(self) -> Made:
+        """What is to be written."""
+        return Made(self.model, self.tokenizer, self.generation, self.config, self.relaxed)
 
     # --- stages
 
-    def resize(self, changes: Mapping[str, Any]) -> None:
+    def resize(self, changes: Mapping[str, Any]) -> Resized:
         """Cut or grow, and measure after each operation."""
-        request = self.job.request
-        fitted = self._laid(self.job.fitted, request.calibrate, self.model, self.tokenizer)
+        job, request = self.job, self.job.request
+        fitted = None
+        if job.fitted is not None and request.calibrate is not None and self.tokenizer is not None:
+            fitted = lay(job.fitted, request.calibrate, self.model.architecture, self.tokenizer, request.objective)
+            self.history.facts |= {"fitted on": described(fitted, request.calibrate)}
         operations: list[dict[str, Any]] = []
 
         def after(model: Transformer, tokenizer: Tokenizer | None, steps: Sequence[Step]) -> None:
             operations.extend({"name": step.name, "exact": step.exact} for step in steps)
             self._measure(model, tokenizer, steps)
 
-        self.reporter.say("resizing: " + ", ".join(f"{name}={value}" for name, value in changes.items()))
+        is_first = not any("resize" in stage for stage in self.history.recipe.stages)
+        self.reporter.say("resizing: " + ", ".join(f"{name}={value}" for name, value in self.history.changes.items()))
+        parent = self.model
         done = resize(
             self.model,
             changes,
-            calibrate=[] if fitted is None else fitted.inputs,
+            calibrate=list(job.batches) if fitted is None else fitted.inputs,
             **request.how,
             seed=request.seed,
             tokenizer=self.tokenizer,
             own_form=request.own_form,
+            vocabulary=job.vocabulary if is_first else None,
             reserved=settings_ids(self.generation) | settings_ids(self.config),
             after=after,
         )
         if done.vocabulary is not None:
-            self.teacher = done.vocabulary.model(self.teacher)
+            if request.heal is not None:
+                self.teacher = done.vocabulary.model(self.teacher)
             self.generation = renumbered_settings(self.generation, done.vocabulary.ids)
             self.config = renumbered_settings(self.config, done.vocabulary.ids)
         self.model, self.tokenizer = _made(done), done.tokenizer
-        if fitted is not None:
-            self.facts |= {"fitted on": _described(fitted, request.calibrate)}
-        self.stages.append({"resize": dict(changes), "operations": operations})
+        if request.remainder is not None:
+            self._keep_remainder(parent, request.remainder, operations)
+        self._note({"resize": dict(changes), "operations": operations})
+        return done
 
-    def heal(self, settings: HealSettings, expected: str | None) -> None:
+    def heal(self, settings: HealSettings, run: Path, expected: str | None) -> None:
         """Learn from the source model for a while."""
         assert self.tokenizer is not None
-        documents = self._healing_text(settings)
+        documents = healing_text(settings, self.tokenizer, self.history.reading)
         if expected is not None:
             require_same(settings.file, expected, documents.digest)
         device = pick_device(self.job.request.device)
         asked = self.job.request.objective
         batches = endless(documents, settings.text, self.model.architecture, self.tokenizer, asked)
-        number = 1 + sum("heal" in stage for stage in self.stages)
-        known = {"source": self.job.source_sha256, "stages": self.stages, "fitted": self._fitted_digest()}
+        number = 1 + sum("heal" in stage for stage in self.history.recipe.stages)
+        fitted = None if self.job.fitted is None else self.job.fitted.digest
+        known = {"source": self.job.source_sha256, "stages": self.history.recipe.stages, "fitted": fitted}
         dtype, model, teacher = self.model.dtype, self.model.float().to(device), self.teacher.to(device)
         title, curve = f"healing {number}", list[tuple[int, float]]()
         total = settings.training().steps or _PARTS
+        folder = run / f"stage-{number}"
         with self.reporter.work(title, total) as advance:
             shown = 0
 
@@ -167,7 +186,7 @@ class _Work:
                 teacher,
                 batches,
                 settings,
-                self.run / f"stage-{number}",
+                folder,
                 tokenizer=self.tokenizer,
                 config=self.config,
                 asked={"cut": hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()},
@@ -175,149 +194,92 @@ class _Work:
             )
         self.teacher.to("cpu")
         self.model = model.to("cpu", dtype).eval()
-        self.curves[title] = curve or _curve_of(self.run / f"stage-{number}")
-        steps, tokens = _spent(self.run / f"stage-{number}")
-        name = f"heal for {steps:,} steps on {tokens:,} tokens"
-        self._measure(self.model, self.tokenizer, [Step(name, False, {})], heals=True)
-        self.stages.append({"heal": settings.to_dict(), "sha256": documents.digest, "documents": len(documents.texts)})
+        self.history.curves[title] = curve or _curve_of(folder)
+        self._measure(self.model, self.tokenizer, [healed_step(*_spent(folder))], heals=True)
+        self._note({"heal": settings.to_dict(), "sha256": documents.digest, "documents": len(documents.texts)})
 
     def compare_with(self, then: Mapping[str, str], now: Mapping[str, str]) -> None:
         """Say whether a replay came out as the recipe's own run did."""
         if dict(then) == dict(now):
-            self.facts["replay"] = "the weights are, byte for byte, those that the recipe was written for"
-            self.reporter.say(self.facts["replay"])
+            self.history.facts["replay"] = "the weights are, byte for byte, those that the recipe was written for"
+            self.reporter.say(self.history.facts["replay"])
             return
-        self.facts["replay"] = "the weights differ from those that the recipe was written for"
+        self.history.facts["replay"] = "the weights differ from those that the recipe was written for"
         log.warning(
-            "%s; another machine, release of torch or number of threads rounds sums otherwise", self.facts["replay"]
+            "%s; another machine, release of torch or number of threads rounds sums otherwise",
+            self.history.facts["replay"],
         )
 
-    # --- the result
+    def finish(self) -> None:
+        """Write down on what, and where, all of it was measured."""
+        device = pick_device(self.job.request.device)
+        self.history.facts |= self.history.reading.facts(self.model, self.tokenizer)
+        machine = f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        self.history.facts["machine"] = machine
 
-    def outcome(self, folder: Path, saved: Saved, name: str) -> Outcome:
-        """What was done, with the files opened again and timed beside the source."""
-        job = self.job
-        self.reporter.say(
-            "opening what was written" + ("" if job.request.stream else ", and timing it beside the source")
-        )
-        reloaded = open_source(str(folder), stream=job.request.stream).model
-        reload = self._reloaded(folder, saved, reloaded)
-        device = pick_device(job.request.device)
-        speed: dict[str, float] = {}
-        if not job.request.stream:  # else it would be the disk's speed
-            pairs = {
-                "source": (job.source.model.to(device), self._timed(job.source.model, job.source.tokenizer)),
-                "result": (reloaded.to(device), self._timed(reloaded, self.tokenizer)),
-            }
-            speed = speeds(pairs)
-            job.source.model.to("cpu")
-        held = self._held(self.model, self.tokenizer)
-        if held is not None:
-            self.facts["measured on"] = _described(held, job.request.data or job.request.calibrate)
-            if job.request.data is None:
-                self.facts["measured on"] += ", kept apart from what fits"
-        if held is not None and held.objective is not None:
-            self.facts["objective"] = held.objective.name
-        self.facts["machine"] = f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-        after = self.steps[-1].quality if self.steps else self.before
-        return Outcome(
-            Size(
-                job.source.name,
-                parameters_of(job.source.model),
-                weight_bytes(job.source.directory),
-                self.before,
-                speed.get("source"),
-            ),
-            Size(name, parameters_of(self.model), weight_bytes(folder), after, speed.get("result")),
-            self.steps,
-            reload,
-            self.model.architecture.family if saved.stock else None,
-            saved.reasons,
-            self.facts,
-            dict(job.request.changes),
-            self.curves,
-            _card_of(job.source.directory),
-            None if Path(job.source.name).expanduser().exists() else job.source.name,
-        )
+    def timed(self, reloaded: Transformer) -> dict[str, float]:
+        """Tokens a second of the source and of what was read from the files, in turns."""
+        device, source = pick_device(self.job.request.device), self.job.source
+        pairs = {
+            "source": (source.model.to(device), self._timing(source.model, source.tokenizer)),
+            "result": (reloaded.to(device), self._timing(reloaded, self.tokenizer)),
+        }
+        found = speeds(pairs)
+        source.model.to("cpu")
+        reloaded.to("cpu")
+        return found
 
-    def _reloaded(self, folder: Path, saved: Saved, reloaded: Transformer) -> Reload:
-        ids = sample_ids(self.model, self._held(self.model, self.tokenizer), self.job.request.seed)
-        both = _is_two_sided(self.model)
-        ours = logits_of(self.model, ids, both=both)
-        largest = float((ours - logits_of(reloaded, ids, both=both)).abs().max())
-        found = Reload(largest, ids.numel())
-        if not saved.stock:
-            return dataclasses.replace(found, note="Lathe's own form, which stock transformers cannot open")
-        if self.job.request.stream:
-            return dataclasses.replace(found, note="not opened by stock transformers, which would hold the whole model")
-        if importlib.util.find_spec("transformers") is None:
-            return dataclasses.replace(found, note="transformers is not installed here")
-        return _opened_by_stock(folder, found, ours, ids, both)
-
-    # --- text and measurements
+    # --- measurements
 
     def _measure(
         self, model: Transformer, tokenizer: Tokenizer | None, steps: Sequence[Step], *, heals: bool = False
     ) -> None:
-        """Note an operation's steps; what it cost as a whole stands at its last one."""
-        renumbers = tokenizer is not self.tokenizer
-        if renumbers:
-            self._ids = sample_ids(model, self._held(model, tokenizer), self.job.request.seed)
-        logits = self._sampled(model)
-        moved = None if renumbers else change(self._logits, logits)
-        self._logits, self.tokenizer = logits, tokenizer
-        found, parameters = self._quality(model, tokenizer), parameters_of(model)
-        *first, last = steps
-        for each in first:
-            self.steps.append(Done(each.name, each.exact, each.detail, None, None, parameters, each.measures))
-        self.steps.append(
-            Done(last.name, last.exact, last.detail, moved, found, parameters, last.measures, heals, renumbers)
-        )
+        before = None if tokenizer is not self.tokenizer else self._logits
+        self._logits = self.history.note(model, tokenizer, list(steps), before, heals=heals)
+        self.tokenizer = tokenizer
+        self._say(steps)
+
+    def _say(self, steps: Sequence[Step]) -> None:
+        found = self.history.steps[-1].quality
         loss = "" if found is None else f": loss {found.loss:.4f}"
         self.reporter.say("; ".join(step.name for step in steps) + loss)
 
-    def _sampled(self, model: Transformer) -> Tensor:
-        return logits_of(model, self._ids, both=_is_two_sided(model))
+    def _note(self, stage: dict[str, Any]) -> None:
+        recipe = self.history.recipe
+        self.history.recipe = dataclasses.replace(recipe, stages=[*recipe.stages, stage])
 
-    def _quality(self, model: Transformer, tokenizer: Tokenizer | None) -> Quality | None:
-        held = self._held(model, tokenizer)
-        return None if held is None else quality(model, held)
+    def _keep_remainder(self, parent: Transformer, rank: int, operations: list[dict[str, Any]]) -> None:
+        """What the layers that now share weights differed by, as an adapter beside them."""
+        self.relaxed, step, extra = kept_remainder(parent, self.model, rank, self.job.request.share)
+        operations.append({"name": step.name, "exact": step.exact})
+        size = parameters_of(self.model) + extra
+        self._logits = self.history.note(self.relaxed, self.tokenizer, [step], self._logits, parameters=size)
+        self.history.facts["remainder"] = (
+            f"{REMAINDER}/, a LoRA adapter of {extra:,} parameters for the layers unshared"
+        )
+        self._say([step])
 
-    def _held(self, model: Transformer, tokenizer: Tokenizer | None) -> Text | None:
-        """The text that is measured on, as this model is shown it."""
-        settings = self.job.request.data or self.job.request.calibrate
-        return self._laid(self.job.held, settings, model, tokenizer)
-
-    def _laid(
-        self,
-        documents: Documents | None,
-        settings: TextSettings | None,
-        model: Transformer,
-        tokenizer: Tokenizer | None,
-    ) -> Text | None:
-        if documents is None or settings is None or tokenizer is None:
-            return None
-        return lay(documents, settings, model.architecture, tokenizer, self.job.request.objective)
-
-    def _timed(self, model: Transformer, tokenizer: Tokenizer | None) -> Sequence[Batch]:
-        held = self._held(model, tokenizer)
+    def _timing(self, model: Transformer, tokenizer: Tokenizer | None) -> Sequence[Batch]:
+        held = self.history.reading.laid(model, tokenizer)
         if held is not None:
             return held.batches
         ids = sample_ids(model, None, self.job.request.seed).repeat(4, 1)
-        inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if _is_two_sided(model) else {})}
-        return [Batch(inputs, ids.numel() * (2 if _is_two_sided(model) else 1), 0, "drawn ids")]
+        inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if is_two_sided(model) else {})}
+        return [Batch(inputs, ids.numel() * (2 if is_two_sided(model) else 1), 0, "drawn ids")]
 
-    def _healing_text(self, settings: HealSettings) -> Documents:
-        """What is healed on: nothing of what was kept apart to measure on."""
-        assert self.job.source.tokenizer is not None
-        documents, _ = read_documents(settings.text, self.job.source.tokenizer, apart=False)
-        if not self.job.is_apart or self.job.held is None:
-            return documents
-        apart = set(self.job.held.texts)
-        return Documents.of(text for text in documents.texts if text not in apart)
 
-    def _fitted_digest(self) -> str | None:
-        return None if self.job.fitted is None else self.job.fitted.digest
+def healing_text(settings: HealSettings, tokenizer: Tokenizer, reading: Reading | None) -> Documents:
+    """What is healed on: nothing of what was kept apart to measure on."""
+    documents, _ = read_documents(settings.text, tokenizer, apart=False)
+    if reading is None or reading.apart is None:
+        return documents
+    apart = set(reading.apart.texts)
+    return Documents.of(text for text in documents.texts if text not in apart)
+
+
+def healed_step(steps: int, tokens: int) -> Step:
+    """The line about a healing."""
+    return Step(f"heal for {steps:,} steps on {tokens:,} tokens", False, {})
 
 
 def _made(done: Resized) -> Transformer:
@@ -327,6 +289,13 @@ def _made(done: Resized) -> Transformer:
     model = Transformer(done.architecture, device="meta")
     model.load_state_dict(dict(done.tensors), assign=True)
     return model.requires_grad_(True).eval()
+
+
+def _bytes_of(job: Job) -> int:
+    """Bytes of the source's weights: of its files, or in memory."""
+    if job.source.directory is not None:
+        return weight_bytes(job.source.directory)
+    return sum(tensor.nbytes for tensor in weights_of(job.source.model).values())
 
 
 def _shard_bytes(source: Path) -> int:
@@ -339,10 +308,10 @@ def _shard_bytes(source: Path) -> int:
 _KEPT = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag", "widget")
 
 
-def _card_of(directory: Path) -> dict[str, Any]:
+def _card_of(directory: Path | None) -> dict[str, Any]:
     """Licence, language and the like, from the header of the source's README.md; nothing where it has none."""
-    file = directory / "README.md"
-    if not file.is_file():
+    file = None if directory is None else directory / "README.md"
+    if file is None or not file.is_file():
         return {}
     text = file.read_text(encoding="utf-8", errors="replace")
     if not text.startswith("---\n") or "\n---" not in text[3:]:
@@ -355,15 +324,6 @@ def _card_of(directory: Path) -> dict[str, Any]:
     return {key: header[key] for key in _KEPT if key in header} if isinstance(header, dict) else {}
 
 
-def _is_two_sided(model: Transformer) -> bool:
-    return model.encoder is not None and model.decoder is not None
-
-
-def _described(text: Text, settings: TextSettings | None) -> str:
-    assert settings is not None
-    return f"{settings.file}: {len(text.documents.texts):,} documents, {text.tokens:,} tokens"
-
-
 def _spent(run: Path) -> tuple[int, int]:
     last = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     return int(last["step"]), int(last["tokens"])
@@ -372,29 +332,3 @@ def _spent(run: Path) -> tuple[int, int]:
 def _curve_of(run: Path) -> list[tuple[int, float]]:
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [(int(each["step"]), float(each["loss"])) for each in map(json.loads, lines)]
-
-
-def _opened_by_stock(folder: Path, found: Reload, ours: Tensor, ids: Tensor, both: bool) -> Reload:
-    """The same logits from stock `transformers`, and what it says about the tensors."""
-    import transformers
-    from transformers.utils import logging as their_logging
-
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    kind = getattr(transformers, config["architectures"][0])
-    level = their_logging.get_verbosity()
-    their_logging.set_verbosity_error()
-    bars = their_logging.is_progress_bar_enabled()
-    their_logging.disable_progress_bar()
-    try:
-        stock, info = kind.from_pretrained(folder, output_loading_info=True)
-    finally:
-        their_logging.set_verbosity(level)
-        if bars:
-            their_logging.enable_progress_bar()
-    theirs = logits_of(stock.eval().to(torch.get_default_dtype()), ids, both=both)
-    return dataclasses.replace(
-        found,
-        stock=float((ours - theirs).abs().max()),
-        missing=tuple(sorted(info["missing_keys"])),
-        unexpected=tuple(sorted(info["unexpected_keys"])),
-    )

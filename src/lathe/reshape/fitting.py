@@ -72,11 +72,13 @@ class Fitting:
         width = self.state.architecture.d_model
         exact = self.start < 1e-9 and self.now < 1e-9
         measures = f"share of the wanted outputs missed on text held out; first and last: {self.divergence.measures}"
-        name = f"refit at d_model {width}"
+        note = ""
         if self.left:
-            name += f" ({len(self.left)} of {len(self.left) + len(self.detail)} fits left out: {_named(self.left)})"
+            many = len(self.left) + len(self.detail)
+            note = f"{len(self.left)} of {many} fits brought nothing on text held out and stayed as cut: "
+            note += ", ".join(self.left)
         detail = {"before": self.start, **self.detail, "after": self.now}
-        return self.state, [Step(name, exact, detail, measures)]
+        return self.state, [Step(f"refit at d_model {width}", exact, detail, measures, note)]
 
     def keep(self, label: str, tensors: Mapping[str, Tensor], missed: float, before: float) -> None:
         """Keep these tensors if they miss less of what they should give; or, so told, of the parent's predictions."""
@@ -214,7 +216,3 @@ def linear_tensors(name: str, linear: Linear) -> dict[str, Tensor]:
 
 def _gain_tensors(name: str, gain: Gain) -> dict[str, Tensor]:
     return {f"{name}.weight": gain.weight} | ({} if gain.bias is None else {f"{name}.bias": gain.bias})
-
-
-def _named(labels: Sequence[str]) -> str:
-    return ", ".join(labels[:3]) + (f" and {len(labels) - 3} more" if len(labels) > 3 else "")

@@ -15,11 +15,11 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -31,15 +31,26 @@ from lathe.checkpoint.load import CONFIG, open_checkpoint
 from lathe.errors import RequestError
 from lathe.families import objections
 from lathe.model.transformer import Transformer
+from lathe.reshape.calibrate import Batch
 from lathe.reshape.heal import HealSettings
 from lathe.reshape.outcome import Outcome
-from lathe.reshape.recipe import Recipe, Written, machine, require_same, source_digest, warn_of_differences
+from lathe.reshape.recipe import (
+    Recipe,
+    Written,
+    digest_of_batches,
+    machine,
+    require_same,
+    source_digest,
+    warn_of_differences,
+)
 from lathe.reshape.request import ResizeRequest
-from lathe.reshape.resize import planned
+from lathe.reshape.resize import is_vocabulary, planned
 from lathe.reshape.spill import Tensors
 from lathe.reshape.stages import half_way
 from lathe.reshape.stream import StreamedTransformer, weights_of
-from lathe.reshape.text import Documents, TextSettings, read_documents
+from lathe.reshape.text import Documents, TextSettings, VocabularySettings, read_documents
+from lathe.reshape.vocabulary import Vocabulary
+from lathe.spec import Spec
 from lathe.text.tokenizer import Tokenizer
 
 log = logging.getLogger("lathe")
@@ -73,14 +84,23 @@ class Silent:
 
 @dataclass(frozen=True)
 class Source:
-    """The model that is cut, and what travels with it."""
+    """The model that is cut, and what travels with it.
+
+    Args:
+        directory: where its files are; None for a model that is in memory alone.
+    """
 
     name: str
-    directory: Path
+    directory: Path | None
     model: Transformer
     tokenizer: Tokenizer | None
     generation: Mapping[str, Any]
     config: Mapping[str, Any]
+
+    @property
+    def hub_id(self) -> str | None:
+        """The name where it is one that a model card can link to."""
+        return None if self.directory is None or Path(self.name).expanduser().exists() else self.name
 
 
 @dataclass(frozen=True)
@@ -88,27 +108,47 @@ class Job:
     """A request with everything that it names opened and checked.
 
     Args:
+        source_sha256: None for a source in memory that no files hold.
         stages: what is done, in order: `{"resize": changes}` and `{"heal": settings}`.
         fitted: the text that the cut is fitted on.
         held: the text that it is measured on.
+        apart: what was kept apart of the text to fit on.
         expected: a recipe that this is a replay of.
         budget: how the sizes were found, where a budget was given; see `lathe.reshape.budget_job`.
+        vocabulary: what the new vocabulary shall hold; the first stage makes it.
+        used: the text of a file that it is made from.
+        batches: the text to fit on where it was given as token ids.
+        parent: the recipe by which a source in memory was made.
     """
 
     request: ResizeRequest
     source: Source
-    source_sha256: str
+    source_sha256: str | None
     stages: tuple[Mapping[str, Any], ...]
-    fitted: Documents | None
-    held: Documents | None
-    is_apart: bool
+    fitted: Documents | None = None
+    held: Documents | None = None
+    apart: Documents | None = None
     expected: Written | None = None
     budget: Mapping[str, Any] | None = None
+    vocabulary: Vocabulary | None = None
+    used: Documents | None = None
+    batches: Sequence[Batch] = ()
+    parent: Recipe | None = None
 
     @property
     def target(self) -> Architecture:
         """The architecture in the end."""
         return _walked(self.source.model.architecture, self.stages, self.request)
+
+    @property
+    def shown_changes(self) -> dict[str, Any]:
+        """What was asked for, as a reader of the report is told."""
+        shown, asked = dict(self.request.changes), self.request.vocabulary
+        if asked is not None and asked.file is not None:
+            shown["vocabulary"] = asked.file
+        if self.vocabulary is not None:
+            shown |= self.vocabulary.told
+        return shown | ({} if self.request.remainder is None else {"remainder": self.request.remainder})
 
 
 def open_job(request: ResizeRequest) -> Job:
@@ -120,16 +160,45 @@ def open_job(request: ResizeRequest) -> Job:
         RequestError: something is missing, or cannot be done, or only Lathe's own form could hold the result.
     """
     source = open_source(request.source, stream=request.stream)
+    assert source.directory is not None
     architecture = source.model.architecture
     if request.budget is not None:
         return _with_text(request, source, source_digest(source.directory), (), None)
-    target, operations = planned(architecture, request.changes, **request.how, own_form=request.own_form)
+    renews = request.vocabulary is not None
+    target, operations = planned(architecture, request.changes, **request.how, own_form=request.own_form, renews=renews)
     if not operations:
         sizes = ", ".join(f"{name}={value}" for name, value in request.changes.items())
         raise RequestError(f"{request.source} has {sizes} already: nothing to change")
     _require_holder(architecture, target, request)
     stages = _stages(architecture, request)
     return _with_text(request, source, source_digest(source.directory), stages, None)
+
+
+def job_at_hand(
+    request: ResizeRequest,
+    source: Source,
+    sha256: str | None,
+    *,
+    batches: Sequence[Batch] = (),
+    vocabulary: Vocabulary | None = None,
+    budget: Mapping[str, Any] | None = None,
+    parent: Recipe | None = None,
+) -> Job:
+    """The job of a request about a model that is in memory.
+
+    Args:
+        sha256: of the files that hold the same model; None where none do.
+        batches: text to fit on, as the model's keyword arguments.
+        vocabulary: what the new vocabulary shall hold, where the request cannot say it.
+        budget: how the sizes were found.
+        parent: the recipe by which the model was made.
+
+    Raises:
+        RequestError: text that cannot be read.
+    """
+    job = _with_text(request, source, sha256, ({"resize": request.changes},), None)
+    vocabulary = vocabulary if request.vocabulary is None else job.vocabulary
+    return replace(job, batches=batches, vocabulary=vocabulary, budget=budget, parent=parent)
 
 
 def with_sizes(job: Job, changes: Mapping[str, Any], budget: Mapping[str, Any]) -> Job:
@@ -147,6 +216,7 @@ def open_replay(
     source: str,
     *,
     calibrate: str | None = None,
+    vocabulary: str | None = None,
     heal: str | None = None,
     data: TextSettings | None = None,
     device: str = "auto",
@@ -155,7 +225,7 @@ def open_replay(
     """The job that a recipe describes, on a source that must be the one it was written for.
 
     Args:
-        calibrate, heal: where the texts are now, if not where the recipe says.
+        calibrate, vocabulary, heal: where the texts are now, if not where the recipe says.
         data: other text to measure on.
         stream: hold a layer at a time.
 
@@ -164,7 +234,10 @@ def open_replay(
     """
     recipe = written.recipe
     warn_of_differences(written)
+    if recipe.obstacle:
+        raise RequestError(f"this recipe cannot be done again: {recipe.obstacle}")
     opened = open_source(source, stream=stream)
+    assert opened.directory is not None
     digest = source_digest(opened.directory)
     require_same(source, str(recipe.source.get("sha256")), digest)
     changes: dict[str, Any] = {}
@@ -177,15 +250,15 @@ def open_replay(
         else:
             healed = HealSettings.from_dict({**stage["heal"], **({"file": heal} if heal else {})}, "heal")
             stages.append({"heal": healed, "sha256": stage.get("sha256")})
-    text = None
-    if recipe.calibrate is not None:
-        values = {key: value for key, value in recipe.calibrate.items() if key in TextSettings.field_names()}
-        text = TextSettings.from_dict({**values, **({"file": calibrate} if calibrate else {})}, "calibrate")
+    text = _asked_again(TextSettings, recipe.calibrate, calibrate, "calibrate")
+    tokens = _asked_again(VocabularySettings, recipe.vocabulary, vocabulary, "vocabulary")
     request = ResizeRequest(
         source=source,
         changes=changes,
         **recipe.how,
+        remainder=recipe.remainder,
         calibrate=text,
+        vocabulary=tokens,
         data=data,
         heal=healed,
         objective=recipe.objective,
@@ -196,6 +269,17 @@ def open_replay(
     )
     job = _with_text(request, opened, digest, tuple(stages), written)
     return replace(job, budget=recipe.budget)
+
+
+A = TypeVar("A", bound=Spec)
+
+
+def _asked_again(kind: type[A], noted: Mapping[str, Any] | None, file: str | None, name: str) -> A | None:
+    """The settings of a text as a recipe holds them, with the file where it is now."""
+    if noted is None:
+        return None
+    values = {key: value for key, value in noted.items() if key in kind.field_names()}
+    return kind.from_dict({**values, **({"file": file} if file else {})}, name)
 
 
 def open_source(name: str, *, stream: bool = False) -> Source:
@@ -239,24 +323,41 @@ def _refuse_quantised(name: str) -> None:
 
 def recipe_of(job: Job) -> Recipe:
     """The recipe as far as it is known before the work; the job's run fills in what each stage did."""
-    calibrate = None
-    if job.request.calibrate is not None and job.fitted is not None:
-        calibrate = {
-            **job.request.calibrate.to_dict(),
-            "sha256": job.fitted.digest,
-            "documents": len(job.fitted.texts),
-            "apart": job.is_apart,
-        }
+    request, calibrate, vocabulary = job.request, None, None
+    if request.calibrate is not None and job.fitted is not None:
+        calibrate = {**request.calibrate.to_dict(), **job.fitted.known, "apart": request.data is None}
+    elif job.batches:
+        calibrate = {"batches": len(job.batches), "sha256": digest_of_batches(job.batches)}
+    if job.vocabulary is not None:
+        vocabulary = job.vocabulary.told if request.vocabulary is None else request.vocabulary.to_dict()
+        vocabulary |= {} if job.used is None else job.used.known
+    source: dict[str, Any] = {"model": request.source, "sha256": job.source_sha256}
+    if job.parent is not None:
+        source["recipe"] = job.parent.to_dict()
     return Recipe(
-        source={"model": job.request.source, "sha256": job.source_sha256},
+        source=source,
         stages=[],
-        how=job.request.how,
-        seed=job.request.seed,
-        objective=job.request.objective,
+        how=request.how,
+        seed=request.seed,
+        objective=request.objective,
         calibrate=calibrate,
+        vocabulary=vocabulary,
+        remainder=request.remainder,
         budget=None if job.budget is None else dict(job.budget),
         made_with=machine(),
+        obstacle=_obstacle(job),
     )
+
+
+def _obstacle(job: Job) -> str:
+    """Why a recipe could not be done again from files; empty where it could."""
+    if job.source_sha256 is None:
+        return "its source was a model in memory that no files hold"
+    if job.batches:
+        return "it was fitted on token ids that no file holds"
+    if job.vocabulary is not None and job.request.vocabulary is None:
+        return "its vocabulary was given from Python, and no file holds that"
+    return ""
 
 
 def run_job(
@@ -331,13 +432,16 @@ def _stages(architecture: Architecture, request: ResizeRequest) -> tuple[Mapping
     if first is None:
         return {"resize": request.changes}, {"heal": request.heal.part(1)}
     part = request.heal.part(2)
-    return {"resize": first}, {"heal": part}, {"resize": request.changes}, {"heal": part}
+    # The vocabulary is made in the first stage, and may be larger by then than what was asked: a multiple of 64.
+    rest = {name: value for name, value in request.changes.items() if not is_vocabulary(architecture, name)}
+    return {"resize": first}, {"heal": part}, {"resize": rest}, {"heal": part}
 
 
 def _walked(source: Architecture, stages: tuple[Mapping[str, Any], ...], request: ResizeRequest) -> Architecture:
     for stage in stages:
         if "resize" in stage:
-            source, _ = planned(source, stage["resize"], **request.how, own_form=request.own_form)
+            renews = request.vocabulary is not None and stage is stages[0]
+            source, _ = planned(source, stage["resize"], **request.how, own_form=request.own_form, renews=renews)
     return source
 
 
@@ -362,28 +466,39 @@ def _shown(value: Any) -> str:
 def _with_text(
     request: ResizeRequest,
     source: Source,
-    digest: str,
+    digest: str | None,
     stages: tuple[Mapping[str, Any], ...],
     expected: Written | None,
 ) -> Job:
     """The job with the documents that it is fitted and measured on."""
-    needed = [name for name in ("calibrate", "data", "heal") if getattr(request, name) is not None]
-    if needed and source.tokenizer is None:
+    texts = {name: each.file for name in ("calibrate", "data", "heal") if (each := getattr(request, name)) is not None}
+    if request.vocabulary is not None and request.vocabulary.file is not None:
+        texts["vocabulary"] = request.vocabulary.file
+    if texts and source.tokenizer is None:
         raise RequestError(
-            f"{request.source} holds no tokenizer to read the {needed[0]} text with; put its tokenizer beside it"
+            f"{request.source} holds no tokenizer to read the {next(iter(texts))} text with; put its tokenizer "
+            "beside it"
         )
     before = (expected.recipe.calibrate or {}) if expected is not None else {}
     # A replay divides the text as the first time, whatever it is measured on.
-    apart = bool(before["apart"]) if "apart" in before else request.data is None
-    fitted = held = None
+    is_apart = bool(before["apart"]) if "apart" in before else request.data is None
+    fitted = held = apart = None
     if request.calibrate is not None:
         assert source.tokenizer is not None
-        fitted, held = read_documents(request.calibrate, source.tokenizer, apart=apart)
+        fitted, kept = read_documents(request.calibrate, source.tokenizer, apart=is_apart)
+        held = apart = kept or None
         if not fitted:
             raise RequestError(f"{request.calibrate.file} has no token that {request.source}'s tokenizer can read")
         if expected is not None:
             require_same(request.calibrate.file, str(before.get("sha256")), fitted.digest)
     if request.data is not None:
         assert source.tokenizer is not None
-        held, _ = read_documents(request.data, source.tokenizer, apart=False)
-    return Job(request, source, digest, stages, fitted, held or None, apart, expected)
+        found, _ = read_documents(request.data, source.tokenizer, apart=False)
+        held = found or None
+    vocabulary = used = None
+    if request.vocabulary is not None:
+        vocabulary, used = request.vocabulary.opened()
+        if expected is not None and used is not None:
+            noted = expected.recipe.vocabulary or {}
+            require_same(str(request.vocabulary.file), str(noted.get("sha256")), used.digest)
+    return Job(request, source, digest, stages, fitted, held, apart, expected, vocabulary=vocabulary, used=used)

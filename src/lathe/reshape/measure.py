@@ -126,13 +126,22 @@ def sample_ids(model: Transformer, text: Text | None, seed: int) -> Tensor:
     return ids
 
 
+def is_two_sided(model: Transformer) -> bool:
+    """Whether the model has an encoder and a decoder, and so takes ids for both."""
+    return model.encoder is not None and model.decoder is not None
+
+
 def logits_of(model: Any, ids: Tensor, *, both: bool) -> Tensor:
-    """Logits (or last hidden states) of Lathe's model or of a stock one, on the same plain ids."""
+    """Logits (or last hidden states) of Lathe's model or of a stock one, on the same plain ids; on the CPU."""
+    ids = ids.to(model.device)
     given = {"input_ids": ids, **({"decoder_input_ids": ids} if both else {})}
+    training = model.training
+    model.eval()
     with torch.no_grad():
         made = model(**given)
+    model.train(training)
     for name in ("logits", "prediction_logits", "last_hidden_state"):
         found = getattr(made, name, None)
         if found is not None:
-            return torch.as_tensor(found).float()
+            return torch.as_tensor(found).float().cpu()
     raise AssertionError("the model returned neither logits nor hidden states")

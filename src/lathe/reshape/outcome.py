@@ -34,6 +34,7 @@ class Done:
         quality: of the model after it, where there is text.
         heals: whether it is training.
         renumbers: whether the tokenizer is another after it, so that losses a token no longer compare.
+        note: what else is worth knowing about it, as a sentence.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Done:
     measures: str = ""
     heals: bool = False
     renumbers: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True)

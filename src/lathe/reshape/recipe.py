@@ -19,12 +19,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lathe._version import __version__
 from lathe.checkpoint.digest import digest_file
@@ -47,8 +48,11 @@ class Recipe(Spec):
     seed: int = size(2**32 - 1, least=0, default=0)
     objective: dict = field(default_factory=dict)  # type: ignore[type-arg]
     calibrate: dict | None = None  # type: ignore[type-arg]
+    vocabulary: dict | None = None  # type: ignore[type-arg]  # what it was asked to hold, beside its size
+    remainder: int | None = None  # the rank of what layers that came to share weights differ by
     budget: dict | None = None  # type: ignore[type-arg]  # how the sizes were found; a replay takes them as they are
     made_with: dict = field(default_factory=dict)  # type: ignore[type-arg]
+    obstacle: str = ""  # why it cannot be done again from files, where it cannot
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,24 @@ def source_digest(directory: Path) -> str:
     hashed = hashlib.sha256()
     for name in sorted(files):
         hashed.update(f"{name}:{digest_file(files[name])}\n".encode())
+    return hashed.hexdigest()
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of tensors by name and content."""
+    hashed = hashlib.sha256()
+    for name in sorted(tensors):
+        flat = tensors[name].detach().cpu().contiguous().flatten()
+        hashed.update(f"{name}:".encode())
+        hashed.update(flat.view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
+
+
+def digest_of_batches(batches: Iterable[Mapping[str, Tensor]]) -> str:
+    """The SHA-256 of text that was given as token ids."""
+    hashed = hashlib.sha256()
+    for batch in batches:
+        hashed.update(digest_of(batch).encode())
     return hashed.hexdigest()
 
 

@@ -67,7 +67,7 @@ def refit(
     fitted, held = split(batches, _MOST_TOKENS)
     width = cut.architecture.d_model
     if not held:
-        return cut, [Step(f"no refit at d_model {width}: one row of text cannot be split", True, {})]
+        return cut, [Step(f"no refit at d_model {width}", True, {}, note="one row of text cannot be split")]
     eye = torch.eye(width, dtype=torch.float64)
     for by_predictions in (False, True):
         work = Fitting(parent, cut, eye if embed else into, fitted, held, into if embed else None, by_predictions)

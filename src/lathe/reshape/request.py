@@ -5,6 +5,8 @@
     data=held-out.txt heal=corpus.txt heal.steps=500 heal.lr=3e-4
     method=select objective=masked objective.rate=0.2 seed=1
     max_parameters=30M               a budget in place of sizes; also max_bytes=40MB, max_latency=12, budget.effort=3
+    vocabulary=text.txt words=[a,b] multiple_of=64     which tokens, beside vocab_size=
+    sharing=all share=mean remainder=8                 what layers share, and the rank of what they differ by
 
 An unknown key is refused with the keys there are.
 """
@@ -20,17 +22,20 @@ from lathe.reshape.budget_cost import LIMIT_WORDS, BudgetSettings, read_budget
 from lathe.reshape.heal import HealSettings
 from lathe.reshape.resize import METHODS
 from lathe.reshape.share import SHARE_METHODS
-from lathe.reshape.text import TextSettings
+from lathe.reshape.text import TextSettings, VocabularySettings
 from lathe.spec import Spec, choice, size
 
-_TEXTS: dict[str, type[TextSettings | HealSettings]] = {
+_TEXTS: dict[str, type[TextSettings | HealSettings | VocabularySettings]] = {
     "calibrate": TextSettings,
     "data": TextSettings,
     "heal": HealSettings,
+    "vocabulary": VocabularySettings,
 }
+# Words that stand for a longer one.
+_SHORT = {"words": "vocabulary.words", "multiple_of": "vocabulary.multiple_of"}
 # How an operation is done, where there is a choice; `resize` and `planned` take each by its name.
 HOW = ("method", "refit", "share")
-_PLAIN = (*HOW, "seed", "stream")
+_PLAIN = (*HOW, "seed", "stream", "remainder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +45,8 @@ class ResizeRequest(Spec):
     Args:
         calibrate: the text that the cut is fitted on.
         method, refit, share: how a width is cut, whether the rest is fitted to it, what shared layers start from.
+        remainder: the rank at which is kept, in an adapter, what layers that come to share weights differ by.
+        vocabulary: which tokens the model shall have.
         data: the text that it is measured on; where left out, a tenth of `calibrate` is kept apart for it.
         objective: what the model predicts: its name and settings; what its head says where left out.
         budget: what the result may cost at most; the sizes are then found, `changes` apart.
@@ -50,9 +57,11 @@ class ResizeRequest(Spec):
     method: str = choice(*METHODS, default="rotate")
     refit: bool | None = None
     share: str = choice(*SHARE_METHODS, default="mean")
+    remainder: int | None = size(2**20, default=None)
     calibrate: TextSettings | None = None
     data: TextSettings | None = None
     heal: HealSettings | None = None
+    vocabulary: VocabularySettings | None = None
     objective: dict = field(default_factory=dict)  # type: ignore[type-arg]
     seed: int = size(2**32 - 1, least=0, default=0)  # of the weights that growth draws
     budget: BudgetSettings | None = None
@@ -66,15 +75,37 @@ class ResizeRequest(Spec):
         return {name: getattr(self, name) for name in HOW}
 
     def check(self) -> None:
-        if not self.changes and self.budget is None:
-            raise RequestError("nothing to change: give field=value, as in d_model=384, or a budget")
         if self.budget is not None and self.calibrate is None:
             raise RequestError("a budget is spent by what cuts cost on text: give --calibrate FILE")
-        if self.stream and (self.heal is not None or self.budget is not None):
-            what = "a budget" if self.heal is None else "healing"
+        if self.budget is not None and self.vocabulary is not None:
             raise RequestError(
-                f"stream=true with {what}: that holds whole models in memory; give sizes alone, or leave out stream"
+                "a budget chooses the vocabulary's size by itself: leave vocabulary, words and multiple_of out, or the "
+                "budget"
             )
+        if self.stream:
+            whole = {"healing": self.heal, "a budget": self.budget, "a vocabulary": self.vocabulary}
+            for what in (name for name, given in whole.items() if given is not None):
+                raise RequestError(
+                    f"stream=true with {what}: that holds whole models in memory; give sizes alone, or leave out stream"
+                )
+        if self.remainder is not None:
+            self._check_remainder()
+
+    def _check_remainder(self) -> None:
+        """A remainder is what sharing loses; whatever else changes the layers would not be in it."""
+        odd = next((name for name in self.changes if name.rpartition(".")[2] != "sharing"), None)
+        if odd is not None or not self.changes or self.budget is not None or self.vocabulary is not None:
+            what = "nothing shares weights" if odd is None else f"{odd} changes"
+            raise RequestError(
+                f"remainder={self.remainder}: it keeps what layers that come to share weights differ by, and here "
+                f"{what}; give sharing=all and the like, alone"
+            )
+        for name in ("calibrate", "heal"):
+            if getattr(self, name) is not None:
+                raise RequestError(
+                    f"remainder={self.remainder} with {name}: it is taken from the weights, and no text changes them; "
+                    f"leave out {name}, and give --data FILE to measure on"
+                )
 
 
 def read_request(
@@ -91,10 +122,15 @@ def read_request(
     """
     values: dict[str, Any] = {}
     changes: dict[str, Any] = {}
-    for key, value in words.items():
+    for word, value in words.items():
+        key = _SHORT.get(word, word)
+        if key == _SHORT["words"] and type(value) in (str, int):  # one word needs no brackets
+            value = [str(value)]
         first, _, rest = key.partition(".")
         if first in _TEXTS:
-            values.setdefault(first, {})[rest or "file"] = value
+            if (rest or "file") in values.setdefault(first, {}):
+                raise RequestError(f"{word} is set twice, as {key} too; set it once")
+            values[first][rest or "file"] = value
         elif first in ("objective", "budget") or key in LIMIT_WORDS:
             continue
         elif key in _PLAIN:
@@ -104,14 +140,19 @@ def read_request(
     for name, kind in _TEXTS.items():
         if name not in values:
             continue
-        if "file" not in values[name]:
-            raise RequestError(f"{name}.{next(iter(values[name]))} is set and there is no text: give {name}=FILE")
+        needless = {"words", "multiple_of"} & set(values[name])
+        if "file" not in values[name] and (not needless or set(values[name]) - needless):
+            odd = next(key for key in values[name] if key not in needless)
+            raise RequestError(f"{name}.{odd} is set and there is no text: give {name}=FILE")
         values[name] = kind.from_dict(values[name], name)
+    budget = read_budget(words)
+    if not changes and budget is None and "vocabulary" not in values:
+        raise RequestError("nothing to change: give field=value, as in d_model=384, or a budget")
     return ResizeRequest(
         source=source,
         changes=changes,
         objective=read_objective(words),
-        budget=read_budget(words),
+        budget=budget,
         own_form=own_form,
         device=device,
         **values,

@@ -103,7 +103,7 @@ def resize(
         model = plain.train(model.training)
     settled = settle(model.architecture, changes, tokenizer, vocabulary, batches=calibrate, reserved=reserved)
     if settled is not None:
-        others = {name: value for name, value in changes.items() if not _is_vocabulary(model.architecture, name)}
+        others = {name: value for name, value in changes.items() if not is_vocabulary(model.architecture, name)}
         changes = {**others, **settled.changes}
     target, operations = planned(
         model.architecture,
@@ -145,7 +145,8 @@ def _require_streamable(changes: Mapping[str, Any], method: str, refit: bool | N
         )
 
 
-def _is_vocabulary(source: Architecture, name: str) -> bool:
+def is_vocabulary(source: Architecture, name: str) -> bool:
+    """Whether a field of an architecture is the vocabulary's size."""
     return source.paths(name) == ["embedding.vocab_size"]
 
 

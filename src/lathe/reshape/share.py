@@ -68,7 +68,7 @@ def _run(name: str, sharing: str, method: str, context: Context, state: State) -
         return shared, [step]
     fitted_on, held = split(context.batches, _MOST_TOKENS)
     if not held:
-        return shared, [step, Step("no refit of what is shared: one row of text cannot be split", True, {})]
+        return shared, [step, replace(_NO_REFIT, note="one row of text cannot be split")]
     parent = context.current(state)
     fitted, second = refit_shared(parent, fitted_on, state, shared, name)
     distance = Divergence(parent, held, torch.eye(parent.architecture.d_model, dtype=torch.float64))
@@ -77,8 +77,11 @@ def _run(name: str, sharing: str, method: str, context: Context, state: State) -
     measures = f"share of the wanted outputs missed; first and last, on text held out: {distance.measures}"
     if after < before:
         return fitted, [step, replace(second, detail=told, measures=measures)]
-    left = Step(f"{second.name} (left out: no nearer on text held out)", True, told, measures)
+    left = replace(_NO_REFIT, detail=told, measures=measures, note="a fit came no nearer on text held out")
     return shared, [step, left]
+
+
+_NO_REFIT = Step("no refit of what is shared", True, {})
 
 
 def share(state: State, stack_name: str, sharing: str, method: str = "mean") -> tuple[State, Step]:

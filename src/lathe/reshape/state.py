@@ -80,12 +80,14 @@ class Step:
         exact: whether it leaves every output as it was, up to rounding.
         detail: measured facts about it, such as the retained energy per norm.
         measures: what the numbers in `detail` are, in words.
+        note: what else is worth knowing about it, as a sentence.
     """
 
     name: str
     exact: bool
     detail: Mapping[str, float]
     measures: str = ""
+    note: str = ""
 
 
 def multiply(tensor: Tensor, dim: int, matrix: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from lathe.errors import RequestError
 from lathe.objectives.base import Objective
 from lathe.objectives.by_name import objective
 from lathe.objectives.causal import Causal
+from lathe.reshape.vocabulary import LARGEST_MULTIPLE, Vocabulary
 from lathe.spec import Spec, size
 from lathe.text.tokenizer import Tokenizer
 
@@ -76,8 +77,44 @@ class Documents:
             hashed.update(json.dumps(text).encode("ascii") + b"\n")
         return cls(kept, hashed.hexdigest())
 
+    @property
+    def known(self) -> dict[str, Any]:
+        """What a recipe says of them."""
+        return {"sha256": self.digest, "documents": len(self.texts)}
+
     def __bool__(self) -> bool:
         return bool(self.texts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocabularySettings(Spec):
+    """Which tokens the model shall have, beside their number (`vocab_size=`).
+
+    Args:
+        file: text whose tokens are kept, or of which new pieces are learnt; all of it is read.
+        words: words that shall be pieces of their own.
+        multiple_of: rows are added until their number is a multiple of this.
+    """
+
+    file: str | None = None
+    field: str = "text"  # the column, where the file has several
+    format: str | None = None  # by the file's name
+    words: tuple[str, ...] = ()
+    multiple_of: int = size(LARGEST_MULTIPLE, default=1)
+
+    def opened(self) -> tuple[Vocabulary, Documents | None]:
+        """The request with its text read.
+
+        Raises:
+            RequestError: no such file or column, text that is not UTF-8, or none at all.
+        """
+        if self.file is None:
+            return Vocabulary(words=self.words, multiple_of=self.multiple_of), None
+        records = read(self.file, fields={"text": self.field}, format=self.format)
+        documents = Documents.of(record["text"] for record in records)
+        if not documents:
+            raise RequestError(f"{self.file} holds no text to see from which tokens are used; give one that holds some")
+        return Vocabulary(documents.texts, self.words, multiple_of=self.multiple_of), documents
 
 
 def read_documents(settings: TextSettings, tokenizer: Tokenizer, *, apart: bool) -> tuple[Documents, Documents]:

@@ -37,7 +37,7 @@ from lathe.text.rewritten import Rewritten, Rows, unchanged
 from lathe.text.tokenizer import Tokenizer
 from lathe.text.use import Use, counted, use_of
 
-_LARGEST_MULTIPLE = 1 << 16
+LARGEST_MULTIPLE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,16 @@ class Vocabulary:
     ids: Sequence[int] | None = None
     multiple_of: int = 1
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """What is asked, as words of a request; texts and ids are not among them."""
+        words = {"words": list(self.words)} if self.words else {}
+        return words | ({"multiple_of": self.multiple_of} if self.multiple_of > 1 else {})
+
     def __post_init__(self) -> None:
         if isinstance(self.words, str):
             raise RequestError("words is one string: pass a list of words")
-        if type(self.multiple_of) is not int or not 1 <= self.multiple_of <= _LARGEST_MULTIPLE:
+        if type(self.multiple_of) is not int or not 1 <= self.multiple_of <= LARGEST_MULTIPLE:
             raise RequestError(
                 f"multiple_of={self.multiple_of!r}: expected a whole number from 1 to 65,536, such as 64"
             )
@@ -220,8 +226,8 @@ class _Settling:
         size = most if self.size is None else self.size
         if size > most:
             raise RequestError(
-                f"vocab_size={size:,}: the model has {most:,}; new tokens need words, or a corpus to learn them from, "
-                "and a tokenizer. For rows without a token ask for multiple_of instead"
+                f"vocab_size={size:,}: the model has {most:,}; new tokens need words=[…], or a text to learn them "
+                "from (vocabulary=FILE), and a tokenizer. For rows without a token ask for multiple_of=64 instead"
             )
         if self.own and size <= self.own[-1]:
             raise self._too_small(self.own[-1] + 1)
@@ -245,8 +251,8 @@ class _Settling:
     def _corpus(self) -> Corpus:
         if self.asked.corpus is None:
             raise RequestError(
-                f"vocab_size={self.size:,} leaves room for more pieces than the new words: give a corpus to learn them "
-                "from, or leave vocab_size out"
+                f"vocab_size={self.size:,} leaves room for more pieces than the new words: give a text to learn them "
+                "from (vocabulary=FILE), or leave vocab_size out"
             )
         return self.asked.corpus
 
@@ -260,8 +266,8 @@ class _Settling:
                     counts.update({n: t for n, t in zip(ids.tolist(), times.tolist(), strict=True) if n >= 0})
         if not counts:
             raise RequestError(
-                f"vocab_size={self.size:,}: which of {self.before:,} tokens to keep is seen from text; give a corpus "
-                "(vocabulary=) or calibration text of the kind that the model is used on"
+                f"vocab_size={self.size:,}: which of {self.before:,} tokens to keep is seen from text; give it "
+                "(vocabulary=FILE), or calibration text of the kind that the model is used on"
             )
         return counts
 
