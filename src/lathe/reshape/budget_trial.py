@@ -317,9 +317,7 @@ class Trials:
             )
         except RequestError as error:  # what only the work itself finds out; the plan shows it
             return Trial(dict(sizes), architecture, None, str(error))
-        made = Transformer(done.architecture, device="meta")
-        made.load_state_dict(dict(done.tensors), assign=True)
-        loss = self.probe.loss(made.eval(), done.tokenizer)
+        loss = self.probe.loss(done.model(), done.tokenizer)
         if done.tokenizer is not self._tokenizer:
             loss = max(loss, self.probe.loss(kept[0], self._tokenizer))
         if not math.isfinite(loss):

@@ -7,16 +7,19 @@ a model without a head by its last stream in the child's channels: squares misse
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from lathe.model.transformer import Transformer
 from lathe.reshape.calibrate import Batch
-from lathe.reshape.walk import asked_rows
+from lathe.reshape.stream import blank, heads_held, last_streams
+from lathe.reshape.walk import asked_rows, shape_of, standing
 
 _MOST_NUMBERS = 2**26  # of the parent's distributions: 256 MiB
+_AT_ONCE = 2**22  # of them: 16 MiB
 
 
 class Divergence:
@@ -30,23 +33,18 @@ class Divergence:
 
     def __init__(self, parent: Transformer, batches: Sequence[Batch], into: Tensor) -> None:
         self._kind = _kind(parent)
-        self._batches: list[Batch] = []
-        self._wanted: list[Tensor] = []
+        self._batches = _enough(parent, batches, self._kind)
+        self._wanted = blank(parent)
         self.often = torch.zeros(())  # the mean of what the parent predicts, over the vocabulary
-        numbers = positions = 0
-        for batch in batches:
-            given = _predicted(parent, batch, self._kind)
+        positions = 0
+        for number, given in enumerate(_predicted(parent, self._batches, self._kind)):
             if self._kind == "stream":
                 given = (given.to("cpu", torch.float64) @ into).to(given.dtype)
             if self._kind == "language":
                 given = given.log_softmax(-1)
                 self.often = self.often + given.exp().sum(0).to("cpu", torch.float64)
                 positions += len(given)
-            self._batches.append(batch)
-            self._wanted.append(given)
-            numbers += given.numel()
-            if numbers >= _MOST_NUMBERS:
-                break
+            self._wanted[str(number)] = given
         if positions:
             self.often = self.often / positions
 
@@ -60,8 +58,8 @@ class Divergence:
     def __call__(self, child: Transformer) -> float:
         """The child's distance, on the same text."""
         missed = total = 0.0
-        for batch, wanted in zip(self._batches, self._wanted):
-            given = _predicted(child, batch, self._kind)
+        for number, given in enumerate(_predicted(child, self._batches, self._kind)):
+            wanted = self._wanted[str(number)]
             if self._kind == "language":
                 missed += float((wanted.exp() * (wanted - given.log_softmax(-1))).sum())
                 total += len(wanted)
@@ -78,14 +76,36 @@ def _kind(model: Transformer) -> str:
     return "labels" if model.head.classifier is not None else "stream"
 
 
-def _predicted(model: Transformer, batch: Batch, kind: str) -> Tensor:
-    with torch.no_grad():
-        out = model(**batch)
-    stream: Tensor = out.last_hidden_state
-    rows = asked_rows(model, stream.shape[:2], batch)
-    if kind == "stream":
-        return stream.flatten(0, 1)[rows]
-    logits: Tensor = out.logits
-    if kind == "labels":
-        return logits.flatten()[:, None]
-    return logits.flatten(0, 1)[rows]
+def _enough(model: Transformer, batches: Sequence[Batch], kind: str) -> list[Batch]:
+    """As many of the batches as make the parent's predictions small enough to keep."""
+    name = list(model.architecture.stacks)[-1][0]
+    width = model.architecture.embedding.vocab_size if kind == "language" else model.architecture.d_model
+    some: list[Batch] = []
+    numbers = 0
+    for batch in batches:
+        some.append(batch)
+        numbers += int(asked_rows(model, shape_of(model, name, batch), batch).sum()) * width
+        if numbers >= _MOST_NUMBERS:
+            break
+    return some
+
+
+@torch.no_grad()
+def _predicted(model: Transformer, batches: Sequence[Batch], kind: str) -> Iterator[Tensor]:
+    """What the model says where it is asked, some rows at a time: no more logits are there at once than that."""
+    ends = last_streams(model, batches)
+    with nullcontext() if kind == "stream" else heads_held(model):
+        for batch, left_BTD in ends:
+            rows_ND = left_BTD.flatten(0, 1)[asked_rows(model, left_BTD.shape[:2], batch)]
+            if kind == "stream":
+                yield rows_ND
+            elif kind == "labels":
+                with standing(model, left_BTD):
+                    logits: Tensor = model(**batch).logits
+                yield logits.flatten()[:, None]
+            else:
+                head = model.head.language
+                assert head is not None
+                for part_ND in rows_ND.split(max(_AT_ONCE // model.architecture.embedding.vocab_size, 1)):
+                    given: Tensor = head(part_ND[None], model.embedding.tokens)[0]
+                    yield given

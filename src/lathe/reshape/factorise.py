@@ -27,11 +27,13 @@ from torch import Tensor
 from lathe.architecture import Architecture
 from lathe.errors import RequestError
 from lathe.model.transformer import Transformer
-from lathe.reshape.calibrate import Batch, moments, unit
+from lathe.reshape.calibrate import Batch, moments, token_rows, unit
 from lathe.reshape.operation import Operation, measured, plain
-from lathe.reshape.prune import activities
-from lathe.reshape.state import State, Step, multiply
+from lathe.reshape.prune import Activity, activities
+from lathe.reshape.state import State, Step, blocks, multiply
+from lathe.reshape.stream import heads_held, last_streams
 from lathe.reshape.transform import refit_transform, transform_rows
+from lathe.reshape.walk import read_by
 from lathe.reshape.width import principal, with_stored_positions
 
 _ENERGY = "share of what the text moves through the token table that is kept"
@@ -98,7 +100,7 @@ def factorise(model: Transformer, batches: Sequence[Batch], state: State, width:
         into, changed, energy = _normed_factor(model, batches, before, normed, width)
     for parameter, dim in before.along("residual"):
         if parameter.role == "table":
-            changed[parameter.name] = multiply(before.wide(parameter.name), dim, into)
+            changed[parameter.name] = multiply(before.tensors[parameter.name], dim, into)
     if a.embedding.scaled:
         changed[_TOKENS] = changed[_TOKENS] * math.sqrt(a.d_model / width)
     sizes: dict[str, Any] = {"embedding.d_embed": width, **followers(a, a.with_(d_embed=width))}
@@ -132,8 +134,7 @@ def _plain_factor(
     moving = torch.stack([each.moments(centred=False) for each in seen.values()]).sum(0)
     wanted, language = moving, state.architecture.head.language
     if language is not None and language.tied:  # the head reads the table too, and has an equal say
-        table = state.wide(_TOKENS)
-        gram = table.T @ table
+        gram = _gram(state.tensors[_TOKENS])
         wanted = moving / moving.trace() + gram / gram.trace()
     basis = torch.linalg.eigh(wanted).eigenvectors.flip(1)[:, :width]
     energy = float((basis.T @ moving @ basis).trace() / moving.trace())
@@ -169,12 +170,11 @@ def _with_head(
     if language is None:
         return state.with_(changed, sizes)
     if language.tied:
-        narrow, table = changed[_TOKENS], state.wide(_TOKENS)
-        onto = torch.linalg.pinv(narrow.T @ narrow, hermitian=True) @ (narrow.T @ table)
+        narrow = changed[_TOKENS]
+        onto = torch.linalg.pinv(_gram(narrow), hermitian=True) @ _gram(narrow, state.tensors[_TOKENS])
     else:
-        table = state.wide(f"{_OUTPUT}.weight")
-        read = activities(model, batches, [_OUTPUT])[_OUTPUT].moments(centred=False)
-        changed[f"{_OUTPUT}.weight"], onto = split_head(table, read, width)
+        table = state.tensors[f"{_OUTPUT}.weight"].detach()
+        changed[f"{_OUTPUT}.weight"], onto = split_head(table, _read_by_output(model, batches), width)
     if language.transform is None:
         changed["head.language.projection.weight"] = onto
         return state.with_(changed, sizes)
@@ -183,15 +183,40 @@ def _with_head(
     return refitted
 
 
+def _read_by_output(model: Transformer, batches: Sequence[Batch]) -> Tensor:
+    """The second moment of what the head's table reads over the text."""
+    seen, training = Activity(), model.training
+    model.eval()
+    with torch.no_grad():
+        ends = last_streams(model, batches)
+        with heads_held(model):
+            for batch, left_BTD in ends:
+                given = read_by(model, _OUTPUT, batch, left_BTD)
+                seen.add(given.flatten(0, -2)[token_rows(given, _OUTPUT, batch)])
+    model.train(training)
+    if not seen.tokens:
+        raise RequestError("the calibration text is empty; give calibrate=FILE, text such as the model is used on")
+    return seen.moments(centred=False)
+
+
+def _gram(table_VD: Tensor, other_VD: Tensor | None = None) -> Tensor:
+    """Σ over the rows of a table of the products of its channels, or of its and another one's."""
+    found = torch.zeros((), dtype=torch.float64)
+    for some in blocks(table_VD):
+        rows = table_VD[some].detach().to("cpu", torch.float64)
+        found = found + rows.T @ (rows if other_VD is None else other_VD[some].detach().to("cpu", torch.float64))
+    return found
+
+
 def split_head(table_VD: Tensor, read_DD: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The best V × `width` and `width` × D factors of a head's table, for inputs of second moment `read_DD`."""
     values, vectors = torch.linalg.eigh(read_DD)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    written = table_VD @ root
-    best = torch.linalg.eigh(written.T @ written).eigenvectors.flip(1)[:, :width]
-    directions = torch.linalg.qr(written @ best).Q
-    size = table_VD.norm() / directions.norm()  # rows as large as they were
-    return directions * size, directions.T @ table_VD / size
+    gram = _gram(table_VD)
+    best = torch.linalg.eigh(root.T @ gram @ root).eigenvectors.flip(1)[:, :width]
+    directions = torch.linalg.qr(multiply(table_VD, 1, root @ best)).Q
+    size = gram.trace().sqrt() / directions.norm()  # rows as large as they were
+    return directions * size, _gram(directions, table_VD) / size
 
 
 def _require_no_norm(architecture: Architecture) -> None:

@@ -2,11 +2,15 @@
 
 A fit is kept where it misses less of what it should give, on rows of the text that fit nothing; or, where the fits
 are judged by predictions, where the child's come nearer to the parent's (`lathe.reshape.divergence`).
+
+Where the states are streamed, so are both models: the layer that is worked on is read, and the text waits on the disk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +20,30 @@ from lathe.reshape.calibrate import Batch, Ear
 from lathe.reshape.divergence import Divergence
 from lathe.reshape.regress import Gain, Linear, Pairs, best, fit_gain, gain_error
 from lathe.reshape.state import State, Step
-from lathe.reshape.walk import Held
+from lathe.reshape.stream import StreamedTransformer, blank, held, model_of
+from lathe.reshape.walk import Streams
 
 _NOTHING = 1e-12  # a share missed, or a divergence, that is but rounding
 
 Notes = Mapping[str, tuple[Tensor, Tensor]]
 Wanted = Callable[[Notes, Notes], tuple[Tensor, Tensor, Tensor | None]]
 Run = Callable[[Mapping[str, Ear], int, int], None]
+Parts = Callable[[Transformer], Iterable[nn.Module]]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A part of both models that a fit looks at.
+
+    Args:
+        run: runs one batch through the parent's (0) or the child's (1), with ears on modules.
+        rows: which rows of a batch count.
+        parts: the modules that run.
+    """
+
+    run: Run
+    rows: Callable[[int], Tensor]
+    parts: Parts
 
 
 class Both:
@@ -57,14 +78,17 @@ class Fitting:
         self.before, self.state, self.into = parent, cut, into
         self.embed, self.by_predictions = embed, by_predictions
         device = next(iter(fitted[0].values())).device
-        self.parent, self.child = _built(parent, device), _built(cut, device)
+        wide = all(t.dtype == torch.float64 for t in parent.tensors.values())
+        self.dtype = torch.float64 if wide else torch.float32
+        self.parent, self.child = (model_of(state, self.dtype, device) for state in (parent, cut))
         self.batches = [*fitted, *held]
         self.n_fitted = len(fitted)
         self.divergence = Divergence(self.parent, held, into)
         self.now = self.start = self.divergence(self.child)
         self.detail: dict[str, float] = {}
         self.left: list[str] = []
-        self.streams: tuple[list[Held], list[Held]] = ([], [])
+        self.streams: tuple[Streams, Streams] = (Streams(blank(self.parent)), Streams(blank(self.child)))
+        self.memories: tuple[Streams, Streams] | None = None  # what the encoders left, once they are fitted
         self.at = 0
 
     def result(self) -> tuple[State, list[Step]]:
@@ -99,14 +123,23 @@ class Fitting:
             self.now = found
             self.detail[label] = found if missed is None else missed
             return True
-        self._put({name: old.wide(name) for name in tensors})
-        self.state = old
+        self._become(old, tensors)
         return False
 
     def _put(self, tensors: Mapping[str, Tensor]) -> None:
-        self.state = self.state.with_(tensors)
-        for name, tensor in tensors.items():
-            self.child.get_parameter(name).copy_(tensor)
+        self._become(self.state.with_(tensors), tensors)
+
+    def _become(self, state: State, changed: Iterable[str]) -> None:
+        """Another state, which differs in some tensors."""
+        self.state = state
+        if isinstance(self.child, StreamedTransformer):
+            cast = state.cast(self.dtype).tensors
+            for name in changed:
+                self.child.tensors.take(name, cast, name)
+            return
+        for name in changed:
+            parameter = self.child.get_parameter(name)
+            parameter.data = state.tensors[name].detach().to(parameter.device, self.dtype).contiguous()
 
     def linear(self, name: str) -> Linear:
         """A linear layer of the child, in float64."""
@@ -114,19 +147,26 @@ class Fitting:
         return Linear(self.state.wide(f"{name}.weight"), self.state.wide(bias) if bias in self.state.tensors else None)
 
     def parents(self, name: str) -> tuple[Tensor, Tensor | None]:
-        """The weight and the bias of the parent's linear layer."""
+        """The weight and the bias of the parent's linear layer, as they are stored."""
         bias = f"{name}.bias"
         has = bias in self.before.tensors
-        return self.before.wide(f"{name}.weight"), self.before.wide(bias) if has else None
+        return self.before.tensors[f"{name}.weight"].detach(), self.before.tensors[bias].detach() if has else None
+
+    def keeping(self, parts: Parts) -> AbstractContextManager[object]:
+        """Keep some modules of both models in memory over many calls."""
+        stack = ExitStack()
+        for model in (self.parent, self.child):
+            stack.enter_context(held(model, parts(model)))
+        return stack
 
     def fit_readers(self, label: str, names: Iterable[str], pairs: Both, onto: Tensor | None = None) -> None:
         """Readers of one input, fitted together; `onto`, new × old, where what they give is another basis too."""
-        tensors: dict[str, Tensor] = {}
+        tensors = self.state.blank()
         misses: list[tuple[float, float]] = []
         for name in names:
             weight, bias = self.parents(name)
             if onto is not None:
-                weight, bias = onto @ weight, None if bias is None else onto @ bias
+                weight, bias = onto @ weight.cpu().double(), None if bias is None else onto @ bias.cpu().double()
             fitted, held = (each.through(weight, bias) for each in (pairs.fitted, pairs.held))
             chosen, before, after = best(self.linear(name), fitted, held)
             tensors |= linear_tensors(name, chosen)
@@ -139,27 +179,27 @@ class Fitting:
         bias = f"{norm}.bias"
         return Gain(self.state.wide(f"{norm}.weight"), self.state.wide(bias) if bias in self.state.tensors else None)
 
-    def gather(self, run: Run, read: Sequence[str], rows: Callable[[int], Tensor], wanted: Wanted) -> Both:
+    def gather(self, site: Site, read: Sequence[str], wanted: Wanted) -> Both:
         """Pairs over the text.
 
         Args:
-            run: runs one batch through the parent (0) or the child (1) with ears on modules.
+            site: what runs.
             read: the modules whose inputs and outputs are looked at, in both models.
-            rows: which rows of a batch count.
             wanted: from what was heard in the parent and in the child, what is read, what should be given, and the
                 tokens' weights.
         """
         pairs = Both()
-        for number in range(len(self.batches)):
-            mask = rows(number)
-            both: list[dict[str, list[tuple[Tensor, Tensor]]]] = []
-            for which in (0, 1):
-                notes: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in read}
-                run({name: _noting(notes[name], mask) for name in read}, number, which)
-                both.append(notes)
-            into = pairs.fitted if number < self.n_fitted else pairs.held
-            for use in range(len(both[0][read[0]])):
-                into.add(*wanted(*({name: notes[name][use] for name in read} for notes in both)))
+        with self.keeping(site.parts):
+            for number in range(len(self.batches)):
+                mask = site.rows(number)
+                both: list[dict[str, list[tuple[Tensor, Tensor]]]] = []
+                for which in (0, 1):
+                    notes: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in read}
+                    site.run({name: _noting(notes[name], mask) for name in read}, number, which)
+                    both.append(notes)
+                into = pairs.fitted if number < self.n_fitted else pairs.held
+                for use in range(len(both[0][read[0]])):
+                    into.add(*wanted(*({name: notes[name][use] for name in read} for notes in both)))
         return pairs
 
     def normed(self, norm: str) -> Wanted:
@@ -183,7 +223,7 @@ def _bare(norm: nn.Module) -> Callable[[Tensor], Tensor]:
     centred, eps = isinstance(norm, nn.LayerNorm), norm.eps
 
     def normed(x: Tensor) -> Tensor:
-        wide = x
+        wide = x.double()
         if centred:
             wide = wide - wide.mean(-1, keepdim=True)
         return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)  # type: ignore[operator]
@@ -195,18 +235,9 @@ def _noting(notes: list[tuple[Tensor, Tensor]], rows: Tensor) -> Ear:
     def ear(given: Tensor, out: Tensor) -> None:
         # One row a sequence where there are two dimensions.
         both = (given, out) if given.dim() == 2 else (given.flatten(0, -2)[rows], out.flatten(0, -2)[rows])
-        notes.append((both[0].to("cpu", torch.float64), both[1].to("cpu", torch.float64)))
+        notes.append((both[0].cpu(), both[1].cpu()))
 
     return ear
-
-
-def _built(state: State, device: torch.device) -> Transformer:
-    dtype = torch.float64 if all(t.dtype == torch.float64 for t in state.tensors.values()) else torch.float32
-    cast = state.cast(dtype)
-    model = Transformer(cast.architecture, device="meta")
-    model.load_state_dict({n: t.detach().clone().to(device) for n, t in cast.tensors.items()}, assign=True)
-    model.requires_grad_(False)
-    return model.eval()
 
 
 def linear_tensors(name: str, linear: Linear) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,16 @@ from lathe.checkpoint.layout import find_weights
 from lathe.data.batch import Batch
 from lathe.errors import RequestError
 from lathe.model.transformer import Transformer
+from lathe.reshape.stream import StreamedTransformer, heads_held, last_streams
 from lathe.reshape.text import Text
-from lathe.train.evaluate import evaluate
+from lathe.reshape.walk import standing
+from lathe.train.evaluate import Evaluation, evaluate
+from lathe.train.loss import SENTENCE_LABELS, objective_loss
 from lathe.train.measure import bits_per_byte
 
 _ROUNDS = 5
 _SPEED_BATCHES = 4
+_LOGITS_AT_ONCE = 2**24  # numbers: 64 MiB
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,32 @@ def quality(model: Transformer, text: Text) -> Quality | None:
     """The model's loss on a text; None where the model predicts no token."""
     if text.objective is None:
         return None
-    found = evaluate(model, text.batches)
+    streamed = isinstance(model, StreamedTransformer)
+    found = _evaluated(model, text.batches) if streamed else evaluate(model, text.batches)
     bits = None if text.targets_of_text is None else bits_per_byte(found.loss, text.targets_of_text, text.n_bytes)
     return Quality(found.loss, found.targets, bits)
+
+
+@torch.no_grad()
+def _evaluated(model: Transformer, batches: Sequence[Batch]) -> Evaluation:
+    """A streamed model's loss: the batches pass it layer by layer, and few rows have their logits at once."""
+    total, targets = 0.0, 0
+    ends = last_streams(model, [batch.inputs for batch in batches])
+    with heads_held(model):
+        for batch, (_, left_BTD) in zip(batches, ends, strict=True):
+            rows, length = left_BTD.shape[:2]
+            many = max(_LOGITS_AT_ONCE // (length * model.architecture.embedding.vocab_size), 1)
+            if any(label in batch.inputs for label in SENTENCE_LABELS):  # their mean is the whole batch'
+                many = rows
+            for start in range(0, rows, many):
+                some = slice(start, start + many)
+                part = replace(batch, inputs={key: each[some] for key, each in batch.inputs.items()})
+                with standing(model, left_BTD[some]):
+                    loss, asked = objective_loss(model, part)
+                total, targets = total + loss.item() * asked, targets + asked
+    if not targets:
+        raise RequestError("nothing to evaluate on: the batches ask no label")
+    return Evaluation(total / targets, targets)
 
 
 def parameters_of(model: Transformer) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,9 +16,8 @@ import torch
 from lathe.architecture import Architecture
 from lathe.model.transformer import Transformer
 from lathe.reshape.calibrate import Batch
-from lathe.reshape.spill import Tensors
 from lathe.reshape.state import State, Step
-from lathe.reshape.stream import StreamedTransformer
+from lathe.reshape.stream import model_of
 from lathe.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -49,12 +49,7 @@ class Context:
         """A model of the state as it is now, for statistics on the text."""
         if state is self.start:
             return self.model
-        cast = state.cast(self.model.dtype)
-        if isinstance(cast.tensors, Tensors):
-            return StreamedTransformer(cast.architecture, cast.tensors)
-        model = Transformer(cast.architecture, device="meta")
-        model.load_state_dict({n: t.detach().to(self.model.device) for n, t in cast.tensors.items()}, assign=True)
-        return model.eval()
+        return model_of(state, self.model.dtype, self.model.device)
 
 
 Run = Callable[[Context, State], tuple[State, list[Step]]]
@@ -70,6 +65,23 @@ class Operation:
 
 # Given what the model will be by then and what is wanted in the end.
 Planner = Callable[[Architecture, Architecture], list[Operation]]
+
+
+def by_stack(
+    done: Architecture, target: Architecture, number: str, run: Callable[[str, int], Run], *, grows: bool
+) -> list[Operation]:
+    """An operation for each stack in which a number becomes smaller, or larger where `grows`.
+
+    Args:
+        number: a field of a stack, such as `feed_forward.d_ff`.
+        run: what is done, from the stack's name and the number that is wanted.
+    """
+    size, operations = attrgetter(number), list[Operation]()
+    for name, stack in done.stacks:
+        old, wanted = size(stack), size(dict(target.stacks)[name])
+        if wanted > old if grows else wanted < old:
+            operations.append(Operation({f"{name}.{number}": wanted}, run(name, wanted)))
+    return operations
 
 
 Act = Callable[..., tuple[State, Step]]

@@ -8,28 +8,24 @@ its cycle, the same number from each group, so that the pattern stays; what they
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lathe.architecture import Architecture, Stack
 from lathe.blueprint import stored
 from lathe.errors import RequestError
 from lathe.model.transformer import Transformer
-from lathe.reshape.calibrate import Batch, listening, token_rows
-from lathe.reshape.operation import Operation, measured
+from lathe.reshape.calibrate import Batch, token_rows
+from lathe.reshape.operation import Operation, by_stack, measured
 from lathe.reshape.state import State, Step
+from lathe.reshape.stream import advance, entering
 
 
 def plan_layers(done: Architecture, target: Architecture) -> list[Operation]:
     """An operation for each stack that becomes shallower."""
-    operations = []
-    for name, stack in done.stacks:
-        wanted = dict(target.stacks)[name].n_layers
-        if wanted < stack.n_layers:
-            run = measured(prune_layers, name, wanted)
-            operations.append(Operation({f"{name}.n_layers": wanted}, run))
-    return operations
+    return by_stack(done, target, "n_layers", partial(measured, prune_layers), grows=False)
 
 
 def prune_layers(
@@ -83,26 +79,24 @@ def layer_importance(model: Transformer, batches: Iterable[Batch], stack_name: s
     Raises:
         RequestError: no tokens.
     """
-    stack = dict(model.architecture.stacks)[stack_name]
-    both = model.encoder is not None and model.decoder is not None
+    stack, every = dict(model.architecture.stacks)[stack_name], list(batches)
     total, tokens = torch.zeros(stack.n_layers, dtype=torch.float64), 0
-    last: list[Tensor] = []
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        streams = entering(model, stack_name, every)
+        for layer in range(stack.n_layers):
 
-    def hear_last(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        last[:] = [inputs[0]]
+            def count(number: int, before_BTD: Tensor, after_BTD: Tensor, layer: int = layer) -> None:
+                rows = token_rows(before_BTD, stack_name, every[number])
+                wide = [each.flatten(0, -2)[rows].to("cpu", torch.float64) for each in (before_BTD, after_BTD)]
+                total[layer] += (1 - torch.cosine_similarity(*wide, dim=-1)).sum()
 
-    heard = {f"{stack_name}.norm": hear_last} if stack.final_norm else {}
-    with listening(model, heard), torch.no_grad():
-        for batch in batches:
-            output = model(**batch, output_hidden_states=True)
-            states = output[f"{stack_name}_hidden_states" if both else "hidden_states"]
-            # The last of them has passed the final norm; what the last layer left is what went into it.
-            stream = [*states[: stack.n_layers], last[0] if stack.final_norm else states[stack.n_layers]]
-            rows = token_rows(stream[0], stack_name, batch)
-            wide = [each.flatten(0, -2)[rows].to("cpu", torch.float64) for each in stream]
-            for layer in range(stack.n_layers):
-                total[layer] += (1 - torch.cosine_similarity(wide[layer], wide[layer + 1], dim=-1)).sum()
-            tokens += len(wide[0])
+            advance(model, stack_name, streams, layer, count)
+        for number, batch in enumerate(every):
+            shape = (*streams.shape(number), 1)
+            tokens += int(token_rows(torch.empty(shape, device="meta"), stack_name, batch).sum())
+    model.train(training)
     if not tokens:
         raise RequestError("the calibration text is empty; give calibrate=FILE, text such as the model is used on")
     return total / tokens

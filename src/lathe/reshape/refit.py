@@ -23,13 +23,14 @@ towards the parent's predictions (`lathe.reshape.refit_predictions`).
 Every eighth row of the text fits nothing. It chooses each ridge and whether a fit is kept: only one that misses less
 of what it should give on that text. In the end the child's predictions are held against the parent's there (KL;
 without a language head, squares). Should they be farther off than before, it all is done again, keeping only what
-brings them nearer, fit by fit. So a refit is never worse than none on that text, and the step names what was left as
-it was.
+brings them nearer, fit by fit. So a refit is never worse than none on that text, and the step's note names what was
+left as it was.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +38,12 @@ from torch import Tensor, nn
 from lathe.architecture import Stack
 from lathe.blueprint import blueprint
 from lathe.reshape.calibrate import Batch, Ear, heard
-from lathe.reshape.fitting import Fitting, Notes, Run, linear_tensors
-from lathe.reshape.refit_head import fit_head, head_products
+from lathe.reshape.fitting import Fitting, Notes, Parts, Run, Site, linear_tensors
+from lathe.reshape.refit_head import fit_head, head_products, last_site
 from lathe.reshape.regress import best
 from lathe.reshape.state import State, Step
-from lathe.reshape.walk import asked_rows, entered, split, stack_of, through, token_rows
+from lathe.reshape.stream import advance, entering, layer_parts, leaving
+from lathe.reshape.walk import entered, shape_of, split, stack_of, through, token_rows
 
 _MOST_TOKENS = 65_536
 
@@ -87,24 +89,28 @@ def fit_stack(work: Fitting, name: str, stack: Stack) -> None:
         _input_norm(work, name)
     if work.embed is not None and name == next(work.state.architecture.stacks)[0]:
         _projection(work, name)
-    work.streams = (
-        [entered(work.parent, name, batch) for batch in work.batches],
-        [entered(work.child, name, batch) for batch in work.batches],
+    memories = work.memories or (None, None)
+    parents, childs = (
+        entering(model, name, work.batches, memories=memory)
+        for model, memory in zip((work.parent, work.child), memories)
     )
-    work.at = 0
+    work.streams, work.at = (parents, childs), 0
     for path, layers in _sublayers(name, stack):
         _move(work, name, layers[0])
-        run = _running(work, name, layers[-1] + 1)
-        _sublayer(work, name, stack, path, run)
+        _sublayer(work, name, stack, path, layers[-1] + 1)
     _move(work, name, stack.n_layers)
     if stack.final_norm:
         _final_norm(work, name)
+    if name == "encoder" and work.child.decoder is not None:
+        for model, streams in zip((work.parent, work.child), work.streams):
+            leaving(model, name, streams)
+        work.memories = work.streams
 
 
 def _move(work: Fitting, name: str, layer: int) -> None:
     for model, streams in zip((work.parent, work.child), work.streams):
-        for held in streams:
-            held.x_BTD = through(model, name, held, range(work.at, layer))
+        for number in range(work.at, layer):
+            advance(model, name, streams, number)
     work.at = layer
 
 
@@ -117,92 +123,95 @@ def _running(work: Fitting, name: str, end: int) -> Run:
     return run
 
 
+def _layers(work: Fitting, name: str, end: int) -> Parts:
+    """The modules from where the streams stand to layer `end`."""
+    return lambda model: layer_parts(model, name, range(work.at, end))
+
+
 def _rows(work: Fitting, name: str) -> Callable[[int], Tensor]:
     both = work.child.encoder is not None and work.child.decoder is not None
 
     def rows(number: int) -> Tensor:
-        shape = work.streams[1][number].x_BTD.shape[:2]
-        return token_rows(name, shape, work.batches[number], both=both)
+        return token_rows(name, work.streams[1].shape(number), work.batches[number], both=both)
 
     return rows
 
 
 def _memory_rows(work: Fitting, number: int) -> Tensor:
-    memory = work.streams[1][number].around.memory_BSD
-    assert memory is not None
-    return token_rows("encoder", memory.shape[:2], work.batches[number], both=True)
+    batch = work.batches[number]
+    return token_rows("encoder", shape_of(work.child, "encoder", batch), batch, both=True)
 
 
-def _sublayer(work: Fitting, name: str, stack: Stack, path: str, run: Run) -> None:
-    """Readers, then the writer, then the norm of one sublayer."""
-    rows = _rows(work, name)
+def _sublayer(work: Fitting, name: str, stack: Stack, path: str, end: int) -> None:
+    """Readers, then the writer, then the norm of one sublayer, whose last use is in layer `end` − 1."""
+    site = Site(_running(work, name, end), _rows(work, name), _layers(work, name, end))
     if ".cross_attention." in path:
-        _read(work, path, ("q",), run, rows)
-        _read(work, path, ("k", "v"), run, lambda number: _memory_rows(work, number))
+        _read(work, path, ("q",), site)
+        _read(work, path, ("k", "v"), replace(site, rows=lambda number: _memory_rows(work, number)))
     elif ".attention." in path:
-        _read(work, path, ("q", "k", "v"), run, rows)
+        _read(work, path, ("q", "k", "v"), site)
     else:
-        _read(work, path, ("up", "gate") if stack.feed_forward.gated else ("up",), run, rows)
+        _read(work, path, ("up", "gate") if stack.feed_forward.gated else ("up",), site)
     writer = f"{path}.down" if ".feed_forward." in path else f"{path}.o"
-    _write(work, path, writer, run, rows, pre_norm=stack.norm_position == "pre")
+    _write(work, path, writer, site, pre_norm=stack.norm_position == "pre")
     if stack.norm_position == "post":
-        _norm(work, f"{path}.norm", run, rows)
+        _norm(work, f"{path}.norm", site)
 
 
-def _read(work: Fitting, path: str, parts: tuple[str, ...], run: Run, rows: Callable[[int], Tensor]) -> None:
+def _read(work: Fitting, path: str, parts: tuple[str, ...], site: Site) -> None:
     first = f"{path}.{parts[0]}"
-    pairs = work.gather(run, [first], rows, lambda p, c: (c[first][0], p[first][0], None))
+    pairs = work.gather(site, [first], lambda p, c: (c[first][0], p[first][0], None))
     work.fit_readers(f"{path}.{'/'.join(parts)}", [f"{path}.{part}" for part in parts], pairs)
 
 
-def _write(work: Fitting, path: str, writer: str, run: Run, rows: Callable[[int], Tensor], *, pre_norm: bool) -> None:
+def _write(work: Fitting, path: str, writer: str, site: Site, *, pre_norm: bool) -> None:
     norm = f"{path}.norm"
     into, centred = work.into, isinstance(work.parent.get_submodule(norm), nn.LayerNorm)
 
     def lacking(p: Notes, c: Notes) -> tuple[Tensor, Tensor, Tensor | None]:
         # A norm before the sublayer sees the stream as it was, one after it the sum.
-        after = p[norm][0] + (p[writer][1] if pre_norm else 0.0)
-        skip = c[norm][0] - (0.0 if pre_norm else c[writer][1])
+        after = p[norm][0].double() + (p[writer][1].double() if pre_norm else 0.0)
+        skip = c[norm][0].double() - (0.0 if pre_norm else c[writer][1].double())
         return c[writer][0], after @ into - skip, 1.0 / _size(after, centred=centred)
 
-    pairs = work.gather(run, [writer, norm], rows, lacking)
+    pairs = work.gather(site, [writer, norm], lacking)
     chosen, before, missed = best(work.linear(writer), pairs.fitted, pairs.held)
     work.keep(writer, linear_tensors(writer, chosen), missed, before)
 
 
-def _norm(work: Fitting, norm: str, run: Run, rows: Callable[[int], Tensor], into: Tensor | None = None) -> None:
+def _norm(work: Fitting, norm: str, site: Site, into: Tensor | None = None) -> None:
     """A norm whose output is the stream, channel by channel."""
     onto = (work.into if into is None else into).T
-    pairs = work.gather(run, [norm], rows, work.normed(norm))
+    pairs = work.gather(site, [norm], work.normed(norm))
     work.fit_gain(norm, pairs, torch.eye(len(onto), dtype=torch.float64), onto)
 
 
-def _entering(work: Fitting, name: str) -> tuple[Run, Callable[[int], Tensor]]:
-    """How a stack's input is run, and which of its rows are tokens."""
+def _entering(work: Fitting, name: str) -> Site:
+    """A stack's input."""
     both = work.child.encoder is not None and work.child.decoder is not None
 
     def run(ears: Mapping[str, Ear], number: int, which: int) -> None:
         model = (work.parent, work.child)[which]
+        memory_BSD = None if work.memories is None else work.memories[which][number].x_BTD
         with heard(model, ears):
-            entered(model, name, work.batches[number])
+            entered(model, name, work.batches[number], memory_BSD)
 
     def rows(number: int) -> Tensor:
-        shape = entered(work.parent, name, work.batches[number]).x_BTD.shape[:2]
-        return token_rows(name, shape, work.batches[number], both=both)
+        batch = work.batches[number]
+        return token_rows(name, shape_of(work.child, name, batch), batch, both=both)
 
-    return run, rows
+    return Site(run, rows, lambda model: (model.embedding, stack_of(model, name).input))
 
 
 def _input_norm(work: Fitting, name: str) -> None:
-    run, rows = _entering(work, name)
-    _norm(work, f"{name}.input.norm", run, rows, work.embed)
+    _norm(work, f"{name}.input.norm", _entering(work, name), work.embed)
 
 
 def _projection(work: Fitting, name: str) -> None:
     """The matrix that lifts a narrower embedding to the stream that was."""
-    run, rows = _entering(work, name)
     projection = "embedding.projection"
-    pairs = work.gather(run, [projection], rows, lambda p, c: (c[projection][0], p[projection][1], None))
+    site = _entering(work, name)
+    pairs = work.gather(site, [projection], lambda p, c: (c[projection][0], p[projection][1], None))
     chosen, before, missed = best(work.linear(projection), pairs.fitted, pairs.held)
     work.keep(projection, linear_tensors(projection, chosen), missed, before)
 
@@ -215,21 +224,11 @@ def _final_norm(work: Fitting, name: str) -> None:
     if reading and not tied:
         return
 
-    def run(ears: Mapping[str, Ear], number: int, which: int) -> None:
-        model = (work.parent, work.child)[which]
-        with heard(model, ears):
-            stack_of(model, name).leave(work.streams[which][number].x_BTD)
-
     if not tied:
-        _norm(work, norm, run, _rows(work, name))
+        _norm(work, norm, last_site(work, name, _rows(work, name)))
         return
-
-    def rows(number: int) -> Tensor:
-        return asked_rows(work.child, work.streams[1][number].x_BTD.shape[:2], work.batches[number])
-
-    pairs = work.gather(run, [norm], rows, work.normed(norm))
-    old, new = (state.wide("embedding.tokens.weight") for state in (work.before, work.state))
-    work.fit_gain(norm, pairs, *head_products(work, new, old))
+    pairs = work.gather(last_site(work, name), [norm], work.normed(norm))
+    work.fit_gain(norm, pairs, *head_products(work, "embedding.tokens.weight"))
 
 
 def _size(x_ND: Tensor, *, centred: bool) -> Tensor:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from lathe.blueprint import Parameter, blueprint
+from lathe.model.heads import LanguageHead
 from lathe.reshape.calibrate import Ear, heard
-from lathe.reshape.fitting import Both, Fitting, linear_tensors
+from lathe.reshape.fitting import Both, Fitting, Site, linear_tensors
 from lathe.reshape.refit_predictions import follow_predictions
 from lathe.reshape.regress import Linear, best
-from lathe.reshape.transform import onto_table, refit_transform
-from lathe.reshape.walk import asked_rows, stack_of, token_rows
+from lathe.reshape.transform import fitted_transform, onto_table, products
+from lathe.reshape.walk import asked_rows, read_by, stack_of, token_rows
 
 _MOST_ROWS = 16_384
 _TABLE_RIDGES = (0.03, 0.3, 3.0, 30.0)
@@ -24,17 +25,29 @@ _TOKENS = "embedding.tokens.weight"
 _OUTPUT = "head.language.output"
 
 
-def head_products(work: Fitting, new_VE: Tensor, old_VD: Tensor) -> tuple[Tensor, Tensor]:
+def head_products(work: Fitting, table: str) -> tuple[Tensor, Tensor]:
     """R'ᵀR' and R'ᵀR of the head's tables, each token as often as the parent predicts it.
 
     A softmax does not see what is added to every token's logit alike, so the tables count about their mean.
     """
     scales = _scales(work)
-    often = work.divergence.often
-    mean_new, mean_old = often @ new_VE, often @ old_VD
-    gram = (new_VE.T * often) @ new_VE - torch.outer(mean_new, mean_new)
-    reading = (new_VE.T * often) @ old_VD - torch.outer(mean_new, mean_old)
+    gram, reading = products(work.state.tensors[table], work.before.tensors[table], work.divergence.often)
     return gram * scales[0] ** 2, reading * scales[0] * scales[1]
+
+
+def last_site(work: Fitting, name: str, rows: Callable[[int], Tensor] | None = None) -> Site:
+    """A stack's last norm, where the streams stand behind the last layer; on the rows that the head is asked about."""
+
+    def run(ears: Mapping[str, Ear], number: int, which: int) -> None:
+        model = (work.parent, work.child)[which]
+        with heard(model, ears):
+            stack_of(model, name).leave(work.streams[which][number].x_BTD)
+
+    return Site(run, rows or (lambda number: _asked(work, number)), lambda model: ())
+
+
+def _asked(work: Fitting, number: int) -> Tensor:
+    return asked_rows(work.child, work.streams[1].shape(number), work.batches[number])
 
 
 def fit_head(work: Fitting, pooled: Tensor | None) -> None:
@@ -68,32 +81,30 @@ def _head_readers(work: Fitting) -> Iterator[Parameter]:
 
 
 def _at_head(work: Fitting, module: str) -> Both:
-    def run(ears: Mapping[str, Ear], number: int, which: int) -> None:
-        model = (work.parent, work.child)[which]
-        with heard(model, ears):
-            model(**work.batches[number])
-
-    def rows(number: int) -> Tensor:
-        return asked_rows(work.child, work.streams[1][number].x_BTD.shape[:2], work.batches[number])
-
-    return work.gather(run, [module], rows, lambda p, c: (c[module][0], p[module][0], None))
+    """What a module of the head reads in the child and in the parent."""
+    name, pairs = list(work.state.architecture.stacks)[-1][0], Both()
+    with work.keeping(lambda model: (model.head, model.embedding.tokens)):
+        for number, batch in enumerate(work.batches):
+            read: list[Tensor] = []
+            for which, model in enumerate((work.parent, work.child)):
+                left_BTD = stack_of(model, name).leave(work.streams[which][number].x_BTD)
+                given = read_by(model, module, batch, left_BTD)
+                # One row a sequence where there are two dimensions.
+                read.append(given if given.dim() == 2 else given.flatten(0, -2)[_asked(work, number)])
+            (pairs.fitted if number < work.n_fitted else pairs.held).add(read[1], read[0])
+    return pairs
 
 
 def _tied_table(work: Fitting, name: str) -> None:
     """A compromise between the table that writes the stream and the one that reads it best."""
     scales = _scales(work)
-
-    def run(ears: Mapping[str, Ear], number: int, which: int) -> None:
-        model = (work.parent, work.child)[which]
-        with heard(model, ears):
-            stack_of(model, name).leave(work.streams[which][number].x_BTD)
-
-    def rows(number: int) -> Tensor:
-        return asked_rows(work.child, work.streams[1][number].x_BTD.shape[:2], work.batches[number])
-
     dropout = f"{name}.output_dropout"
-    pairs = work.gather(run, [dropout], rows, lambda p, c: (c[dropout][1] * scales[0], p[dropout][1] * scales[1], None))
-    wanted = pairs.fitted.through(work.before.wide(_TOKENS), None)
+    pairs = work.gather(
+        last_site(work, name),
+        [dropout],
+        lambda p, c: (c[dropout][1].double() * scales[0], p[dropout][1].double() * scales[1], None),
+    )
+    wanted = pairs.fitted.through(work.before.tensors[_TOKENS].detach(), None)
     start = Linear(work.state.wide(_TOKENS), None)
     for candidate in start.fits(wanted, _TABLE_RIDGES):
         # The least ridge that helps: what is held more fits the head less.
@@ -106,14 +117,48 @@ def _transform(work: Fitting, name: str) -> None:
     """A masked-LM head's transform, which is no linear layer: its rows are kept, as many as it takes."""
     language = work.state.architecture.head.language
     assert language is not None
-    head = work.parent.head.language
-    assert head is not None
+    with work.keeping(lambda model: (model.head, model.embedding.tokens)):
+        x_ND, old_NE, asked_N, h_ND = _transform_rows(work, name)
+    read = _TOKENS if language.tied else f"{_OUTPUT}.weight"
+    onto = onto_table(work.state.tensors[read], work.before.tensors[read], work.divergence.often)
+    before, is_kept = work.state, False
+    for others, ridge in itertools.product(_OTHERS, _TRANSFORM_RIDGES):
+        # Rows that are asked nothing say less of what is asked, but where these are few they say it of more text.
+        weight_N = torch.where(asked_N, 1.0, others).double()
+        if not float(weight_N.sum()) > 0:
+            continue
+        changed, step = fitted_transform(work.before, before, x_ND, old_NE, onto.T, weight_N=weight_N, ridge=ridge)
+        is_kept |= work.attempt("head.language.transform", changed, step.detail["unexplained"])
+        if bool(asked_N.all()) and ridge == _TRANSFORM_RIDGES[-1]:
+            break
+    if not is_kept:
+        work.left.append("head.language.transform")
+    if not bool(asked_N.any()):
+        return
+    scales = _scales(work)
+    with work.keeping(lambda model: (model.head, model.embedding.tokens)):
+        led = follow_predictions(
+            _language(work, 1),
+            work.child.embedding.tokens,
+            x_ND[asked_N] / scales[0],
+            _language(work, 0),
+            work.parent.embedding.tokens,
+            h_ND[asked_N] / scales[1],
+        )
+    label = "head.language.transform, by predictions"
+    if not work.attempt(label, {f"head.language.{tensor}": value for tensor, value in led.items()}):
+        work.left.append(label)
+
+
+def _transform_rows(work: Fitting, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the child's transform reads, what the parent's norm gives, which rows are asked, the parent's stream."""
+    head = _language(work, 0)
     assert head.transform is not None
     assert head.norm is not None
     rows: dict[str, list[Tensor]] = {"x": [], "old": [], "asked": [], "streams": []}
     both = work.child.encoder is not None and work.child.decoder is not None
     for number in range(work.n_fitted):
-        shape, batch = work.streams[1][number].x_BTD.shape[:2], work.batches[number]
+        shape, batch = work.streams[1].shape(number), work.batches[number]
         mask = token_rows(name, shape, batch, both=both)
         child, parent = (
             stack_of(model, name).leave(work.streams[which][number].x_BTD).flatten(0, 1)[mask] * scale
@@ -127,38 +172,14 @@ def _transform(work: Fitting, name: str) -> None:
         if sum(map(len, rows["x"])) >= _MOST_ROWS:
             break
     x_ND, old_NE, asked_N, h_ND = (torch.cat(each) for each in rows.values())
-    read = _TOKENS if language.tied else f"{_OUTPUT}.weight"
-    onto = onto_table(work.state.wide(read), work.before.wide(read), work.divergence.often)
-    before, is_kept = work.state, False
-    for others, ridge in itertools.product(_OTHERS, _TRANSFORM_RIDGES):
-        # Rows that are asked nothing say less of what is asked, but where these are few they say it of more text.
-        weight_N = torch.where(asked_N, 1.0, others).double()
-        if not float(weight_N.sum()) > 0:
-            continue
-        fitted, step = refit_transform(work.before, before, x_ND, old_NE, onto.T, weight_N=weight_N, ridge=ridge)
-        changed = {
-            n: t for n, t in fitted.tensors.items() if n.startswith("head.language.") and t is not before.tensors[n]
-        }
-        is_kept |= work.attempt("head.language.transform", changed, step.detail["unexplained"])
-        if bool(asked_N.all()) and ridge == _TRANSFORM_RIDGES[-1]:
-            break
-    if not is_kept:
-        work.left.append("head.language.transform")
-    if not bool(asked_N.any()):
-        return
-    scales, mine = _scales(work), work.child.head.language
-    assert mine is not None
-    led = follow_predictions(
-        mine,
-        work.child.embedding.tokens,
-        x_ND[asked_N] / scales[0],
-        head,
-        work.parent.embedding.tokens,
-        h_ND[asked_N] / scales[1],
-    )
-    label = "head.language.transform, by predictions"
-    if not work.attempt(label, {f"head.language.{tensor}": value for tensor, value in led.items()}):
-        work.left.append(label)
+    return x_ND, old_NE, asked_N, h_ND
+
+
+def _language(work: Fitting, which: int) -> LanguageHead:
+    """The parent's (0) or the child's (1) language head."""
+    head = (work.parent, work.child)[which].head.language
+    assert head is not None
+    return head
 
 
 def _pooler(work: Fitting, pooled: Tensor | None) -> None:
@@ -168,7 +189,9 @@ def _pooler(work: Fitting, pooled: Tensor | None) -> None:
     weight, bias = work.parents(name)
     kept = torch.arange(work.state.architecture.d_model) if pooled is None else pooled
     assert bias is not None
-    fitted, held = (each.through(weight[kept], bias[kept]) for each in (pairs.fitted, pairs.held))
+    fitted, held = (
+        each.through(weight[kept.to(weight.device)], bias[kept.to(bias.device)]) for each in (pairs.fitted, pairs.held)
+    )
     chosen, before, missed = best(work.linear(name), fitted, held)
     work.keep(name, linear_tensors(name, chosen), missed, before)
 
@@ -177,13 +200,10 @@ def _fit_reader(work: Fitting, module: str) -> None:
     pairs, onto = _at_head(work, module), None
     if module == "head.language.projection" and work.embed is not None:
         read = _TOKENS if f"{_OUTPUT}.weight" not in work.state.tensors else f"{_OUTPUT}.weight"
-        onto = onto_table(work.state.wide(read), work.before.wide(read), work.divergence.often)
+        onto = onto_table(work.state.tensors[read], work.before.tensors[read], work.divergence.often)
     work.fit_readers(module, [module], pairs, onto)
 
 
 def _scales(work: Fitting) -> tuple[float, float]:
     """What the head multiplies the stream with, in the child and in the parent."""
-    child, parent = work.child.head.language, work.parent.head.language
-    assert child is not None
-    assert parent is not None
-    return child.scale, parent.scale
+    return _language(work, 1).scale, _language(work, 0).scale

@@ -6,7 +6,7 @@ A narrow model's linear layer reads y where its parent read x. The best weights 
 nothing changes at all. A bias is one more input that is always 1, and has no ridge.
 
 λ is chosen by text that was not fitted on: the fit that misses least of it wins, W₀ itself among the candidates.
-Moments are float64, and as large as the layer is wide, however long the text.
+Moments are float64, and as large as the layer is wide, however long the text. Outputs are fitted block by block.
 """
 
 from __future__ import annotations
@@ -18,12 +18,37 @@ import torch
 from torch import Tensor
 
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+_MOST_NUMBERS = 2**22  # of a block of outputs: 32 MiB
 
 
 def with_one(x_NI: Tensor) -> Tensor:
     """Rows in float64 with a 1 at their end, which a bias reads."""
     wide = x_NI.detach().to("cpu", torch.float64)
     return torch.cat((wide, torch.ones(len(wide), 1, dtype=torch.float64)), 1)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A parent's linear layer, out × in: what is wanted is what it gives. Read block by block, in any dtype."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What some outputs should give, as sums over the tokens: one row of `cross` for each input.
+
+    Args:
+        cross: Σ w y tᵀ, (inputs + 1) × outputs.
+        squares, sums: Σ w t² and Σ w t of each output.
+        count: Σ w.
+    """
+
+    cross: Tensor
+    squares: Tensor
+    sums: Tensor
+    count: Tensor
 
 
 class Pairs:
@@ -37,6 +62,7 @@ class Pairs:
         self.read = torch.zeros(())  # Σ w y yᵀ
         self.cross = torch.zeros(())  # Σ w y tᵀ
         self.wanted = torch.zeros(())  # Σ w t tᵀ
+        self.layer: Layer | None = None  # what is wanted is what it makes of t
 
     def add(self, y_NI: Tensor, t_NO: Tensor, weight_N: Tensor | None = None) -> None:
         """Count more tokens.
@@ -56,16 +82,30 @@ class Pairs:
 
     def through(self, weight_OP: Tensor, bias_O: Tensor | None) -> Pairs:
         """The pairs whose wanted side is `weight` times what it was: a parent's linear layer on what it read."""
-        rows = weight_OP.shape[0] + 1
-        map_PO = torch.zeros(weight_OP.shape[1] + 1, rows, dtype=torch.float64)
-        map_PO[:-1, :-1] = weight_OP.T
-        map_PO[-1, -1] = 1.0
-        if bias_O is not None:
-            map_PO[-1, :-1] = bias_O
         out = Pairs()
-        out.tokens, out.read = self.tokens, self.read
-        out.cross, out.wanted = self.cross @ map_PO, map_PO.T @ self.wanted @ map_PO
+        out.tokens, out.read, out.cross, out.wanted = self.tokens, self.read, self.cross, self.wanted
+        out.layer = Layer(weight_OP, bias_O)
         return out
+
+    @property
+    def outputs(self) -> int:
+        """How many outputs are wanted."""
+        return len(self.wanted) - 1 if self.layer is None else len(self.layer.weight)
+
+    def asked(self, some: slice) -> Wanted:
+        """What some of the outputs should give.
+
+        A table's outputs are a vocabulary: all of them at once, and the products between them, would not fit.
+        """
+        if self.layer is None:
+            squares = self.wanted.diagonal()[:-1]
+            return Wanted(self.cross[:, some], squares[some], self.wanted[-1, some], self.wanted[-1, -1])
+        weight = self.layer.weight[some].to("cpu", torch.float64)
+        bias = self.layer.bias
+        constant = weight.new_zeros(1, len(weight)) if bias is None else bias[some].to("cpu", torch.float64)[None]
+        map_PO = torch.cat((weight.T, constant))
+        given = self.wanted @ map_PO
+        return Wanted(self.cross @ map_PO, (map_PO * given).sum(0), given[-1], self.wanted[-1, -1])
 
 
 @dataclass(frozen=True)
@@ -75,59 +115,108 @@ class Linear:
     weight: Tensor
     bias: Tensor | None
 
-    def design(self) -> Tensor:
-        """Input and 1 → output, (in + 1) × out, or in × out where there is no bias."""
-        return self.weight.T if self.bias is None else torch.cat((self.weight.T, self.bias[None]))
+    def design(self, some: slice) -> Tensor:
+        """Input and 1 → some outputs, (in + 1) × outputs, or in × outputs where there is no bias."""
+        weight = self.weight[some].T
+        return weight if self.bias is None else torch.cat((weight, self.bias[None, some]))
 
     def missed(self, pairs: Pairs) -> float:
         """The share of the wanted side that this layer does not give: squares about the mean where it has a bias."""
-        design, inputs = self.design(), self._inputs(pairs)
-        read, cross = pairs.read[:inputs, :inputs], pairs.cross[:inputs, :-1]
-        wanted = pairs.wanted.diagonal()[:-1].sum()
-        error = wanted - 2 * (design * cross).sum() + (design * (read @ design)).sum()
-        total = wanted
-        if self.bias is not None:
-            total = wanted - pairs.wanted[:-1, -1].square().sum() / pairs.wanted[-1, -1].clamp_min(1e-300)
+        error = total = torch.zeros((), dtype=torch.float64)
+        for some in self._blocks(pairs):
+            asked = pairs.asked(some)
+            error = error + self._error(self.design(some), pairs, asked)
+            total = total + self._size(asked)
         return float(error.clamp_min(0) / total.clamp_min(1e-300))
 
     def fits(self, pairs: Pairs, ridges: Sequence[float] = RIDGES) -> Iterator[Linear]:
         """This layer fitted to the pairs, once for each ridge, a share of the inputs' mean square."""
-        inputs = self._inputs(pairs)
-        read, cross = pairs.read[:inputs, :inputs], pairs.cross[:inputs, :-1]
-        design = self.design()
-        gap = cross - read @ design
-        size = pairs.read.diagonal()[:-1].mean()
-        if not float(size) > 0:  # nothing was read, so nothing can be said
-            return
-        held = torch.ones(inputs, dtype=torch.float64) * size
-        if self.bias is not None:
-            held[-1] = 1e-6 * size
-        # Σ + λH with H diagonal: one eigendecomposition serves every λ.
-        root = held.rsqrt()
-        values, vectors = torch.linalg.eigh(root[:, None] * read * root)
-        turned = vectors.T @ (root[:, None] * gap)
-        for ridge in ridges:
-            step = root[:, None] * (vectors @ (turned / (values.clamp_min(0) + ridge)[:, None]))
-            yield self._moved(design + step)
+        solver = _Solver.of(self, pairs)
+        if solver is not None:
+            for ridge in ridges:
+                yield self._fitted(pairs, solver, ridge)
+
+    def _fitted(self, pairs: Pairs, solver: _Solver, ridge: float) -> Linear:
+        weight = torch.empty_like(self.weight)
+        bias = None if self.bias is None else torch.empty_like(self.bias)
+        for some in self._blocks(pairs):
+            design = next(solver.moved(self.design(some), pairs.asked(some).cross, (ridge,)))
+            weight[some] = design[: weight.shape[1]].T
+            if bias is not None:
+                bias[some] = design[-1]
+        return Linear(weight, bias)
+
+    def _blocks(self, pairs: Pairs) -> Iterator[slice]:
+        """As many outputs at a time as can stand beside each other a few times."""
+        many = max(_MOST_NUMBERS // len(pairs.read), 16)
+        for start in range(0, pairs.outputs, many):
+            yield slice(start, min(start + many, pairs.outputs))
 
     def _inputs(self, pairs: Pairs) -> int:
         return len(pairs.read) - (self.bias is None)
 
-    def _moved(self, design: Tensor) -> Linear:
+    def _error(self, design: Tensor, pairs: Pairs, asked: Wanted) -> Tensor:
+        inputs = self._inputs(pairs)
+        read, cross = pairs.read[:inputs, :inputs], asked.cross[:inputs]
+        return asked.squares.sum() - 2 * (design * cross).sum() + (design * (read @ design)).sum()
+
+    def _size(self, asked: Wanted) -> Tensor:
         if self.bias is None:
-            return Linear(design.T, None)
-        return Linear(design[:-1].T, design[-1])
+            return asked.squares.sum()
+        return asked.squares.sum() - asked.sums.square().sum() / asked.count.clamp_min(1e-300)
+
+
+@dataclass(frozen=True)
+class _Solver:
+    """Ridge regressions on the same inputs. Σ + λH with H diagonal: one eigendecomposition serves every λ."""
+
+    read: Tensor
+    root: Tensor
+    values: Tensor
+    vectors: Tensor
+
+    @classmethod
+    def of(cls, linear: Linear, pairs: Pairs) -> _Solver | None:
+        """None where nothing was read, so that nothing can be said."""
+        inputs = linear._inputs(pairs)
+        read = pairs.read[:inputs, :inputs]
+        size = pairs.read.diagonal()[:-1].mean()
+        if not float(size) > 0:
+            return None
+        held = torch.ones(inputs, dtype=torch.float64) * size
+        if linear.bias is not None:
+            held[-1] = 1e-6 * size
+        root = held.rsqrt()
+        values, vectors = torch.linalg.eigh(root[:, None] * read * root)
+        return cls(read, root, values.clamp_min(0), vectors)
+
+    def moved(self, design: Tensor, cross: Tensor, ridges: Sequence[float]) -> Iterator[Tensor]:
+        """Some outputs' design, fitted with each ridge in turn."""
+        gap = cross[: len(self.read)] - self.read @ design
+        turned = self.vectors.T @ (self.root[:, None] * gap)
+        for ridge in ridges:
+            yield design + self.root[:, None] * (self.vectors @ (turned / (self.values + ridge)[:, None]))
 
 
 def best(start: Linear, fitted_on: Pairs, held: Pairs) -> tuple[Linear, float, float]:
     """The fit that misses least of the text held out, and what the start and it miss."""
-    before = after = start.missed(held)
-    chosen = start
-    for candidate in start.fits(fitted_on):
-        missed = candidate.missed(held)
-        if missed < after:
-            chosen, after = candidate, missed
-    return chosen, before, after
+    solver = _Solver.of(start, fitted_on)
+    ridges = () if solver is None else RIDGES
+    errors = torch.zeros(1 + len(ridges), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64)
+    for some in start._blocks(fitted_on):
+        asked, design = held.asked(some), start.design(some)
+        total = total + start._size(asked)
+        errors[0] += start._error(design, held, asked)
+        if solver is not None:
+            moved = solver.moved(design, fitted_on.asked(some).cross, ridges)
+            for place, candidate in enumerate(moved, start=1):
+                errors[place] += start._error(candidate, held, asked)
+    shares = (errors.clamp_min(0) / total.clamp_min(1e-300)).tolist()
+    chosen = min(range(len(shares)), key=shares.__getitem__)
+    if chosen == 0 or solver is None:
+        return start, shares[0], shares[0]
+    return start._fitted(fitted_on, solver, ridges[chosen - 1]), shares[0], shares[chosen]
 
 
 @dataclass(frozen=True)

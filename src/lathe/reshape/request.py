@@ -2,6 +2,7 @@
 
     d_model=384 d_ff=1024            fields of the architecture
     calibrate=corpus.txt calibrate.tokens=100000 calibrate.field=document
+    calibrate=pairs.jsonl calibrate.source=en calibrate.target=ko calibrate.prefix="translate: "
     data=held-out.txt heal=corpus.txt heal.steps=500 heal.lr=3e-4
     method=select objective=masked objective.rate=0.2 seed=1
     max_parameters=30M               a budget in place of sizes; also max_bytes=40MB, max_latency=12, budget.effort=3
@@ -66,7 +67,7 @@ class ResizeRequest(Spec):
     seed: int = size(2**32 - 1, least=0, default=0)  # of the weights that growth draws
     budget: BudgetSettings | None = None
     own_form: bool = False  # write what no stock file can hold
-    stream: bool = False  # hold a layer at a time; the result is the same, so a recipe does not say it
+    stream: bool | None = None  # hold a layer at a time; None: where memory is short. The result is the same
     device: str = "auto"  # for healing; the cut itself is computed on the CPU
 
     @property
@@ -74,20 +75,31 @@ class ResizeRequest(Spec):
         """What stands in HOW, as keyword arguments."""
         return {name: getattr(self, name) for name in HOW}
 
+    @property
+    def streams(self) -> bool:
+        """Whether it can be done without holding whole models in memory."""
+        return self.remainder is None and (self.budget is None or self.budget.milliseconds is None)
+
     def check(self) -> None:
         if self.budget is not None and self.calibrate is None:
             raise RequestError("a budget is spent by what cuts cost on text: give --calibrate FILE")
+        if self.budget is not None and any(each is not None and each.source for each in (self.calibrate, self.data)):
+            raise RequestError("a budget is measured on plain text: leave source and target out, or give the sizes")
         if self.budget is not None and self.vocabulary is not None:
             raise RequestError(
                 "a budget chooses the vocabulary's size by itself: leave vocabulary, words and multiple_of out, or the "
                 "budget"
             )
-        if self.stream:
-            whole = {"healing": self.heal, "a budget": self.budget, "a vocabulary": self.vocabulary}
-            for what in (name for name, given in whole.items() if given is not None):
-                raise RequestError(
-                    f"stream=true with {what}: that holds whole models in memory; give sizes alone, or leave out stream"
-                )
+        if self.stream and self.remainder is not None:
+            raise RequestError(
+                f"stream=true with remainder={self.remainder}: the adapter goes on a whole model in memory; leave out "
+                "one of them"
+            )
+        if self.stream and self.budget is not None and self.budget.milliseconds is not None:
+            raise RequestError(
+                "stream=true with max_latency: a latency is timed on whole models in memory; give max_parameters or "
+                "max_bytes"
+            )
         if self.remainder is not None:
             self._check_remainder()
 

@@ -27,6 +27,7 @@ from lathe.reshape import convert, cut, factorise, grow, grow_heads, grow_width,
 from lathe.reshape.calibrate import Batch
 from lathe.reshape.operation import Context, Operation, Planner
 from lathe.reshape.share import plan_sharing
+from lathe.reshape.spill import Tensors
 from lathe.reshape.state import State, Step
 from lathe.reshape.stream import StreamedTransformer, weights_of
 from lathe.reshape.vocabulary import Renewed, Vocabulary, plan_vocabulary, settle
@@ -53,6 +54,14 @@ class Resized:
     steps: tuple[Step, ...]
     tokenizer: Tokenizer | None = None
     vocabulary: Renewed | None = None
+
+    def model(self) -> Transformer:
+        """The model, ready to evaluate; streamed where the source was, else ready to train as well."""
+        if isinstance(self.tensors, Tensors):
+            return StreamedTransformer(self.architecture, self.tensors)
+        model = Transformer(self.architecture, device="meta")
+        model.load_state_dict(dict(self.tensors), assign=True)
+        return model.requires_grad_(True).eval()
 
 
 # Called after each operation with the model as it is then, its tokenizer, and the operation's steps.
@@ -95,8 +104,6 @@ def resize(
     Raises:
         RequestError: a change that cannot be made, an unknown method, or no calibration text where it is needed.
     """
-    if isinstance(model, StreamedTransformer):
-        _require_streamable(changes, method, refit, source=model.architecture)
     if adapter_names(model):  # what the model computes now, in weights of its own axes
         plain = Transformer(model.architecture, device="meta")
         plain.load_state_dict(folded_tensors(model), assign=True)
@@ -123,26 +130,6 @@ def resize(
         if after is not None:
             after(context.current(state), context.tokenizer, done)
     return _finished(state, target, model, steps, context)
-
-
-def _require_streamable(changes: Mapping[str, Any], method: str, refit: bool | None, *, source: Architecture) -> None:
-    """Refuse what needs a whole model in memory.
-
-    Raises:
-        RequestError: a refit, sharing, a vocabulary or another embedding rank or family.
-    """
-    sizes = ("d_model", "d_ff", "d_head", "n_heads", "n_kv_heads", "n_layers", "tied")
-    for name in changes:
-        if name.rpartition(".")[2] not in sizes or any("vocab" in path for path in source.paths(name)):
-            raise RequestError(
-                f"{name}={changes[name]}: a streamed resize changes {', '.join(sizes)} only; leave out stream for it"
-            )
-    cuts = any("d_model" in source.paths(name) and changes[name] < source.d_model for name in changes)
-    if cuts and (method != "truncate" if refit is None else refit):
-        raise RequestError(
-            f"method={method}: its refit holds the model and its parent whole, and a streamed resize does not; "
-            "give refit=false, or leave out stream"
-        )
 
 
 def is_vocabulary(source: Architecture, name: str) -> bool:
@@ -262,9 +249,13 @@ def _finished(state: State, target: Architecture, model: Transformer, steps: lis
     cast = state.cast(model.dtype)
     if isinstance(model, StreamedTransformer):
         return Resized(cast.architecture, cast.tensors, tuple(steps), context.tokenizer, context.vocabulary)
-    # What no operation touched is still the model's own memory: training one would change the other.
+    # What no operation touched is still the model's own memory, and layers may hold one tensor together: training one
+    # would change the other.
     taken = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
-    own = {n: t.clone() if t.untyped_storage().data_ptr() in taken else t for n, t in cast.tensors.items()}
+    own: dict[str, Tensor] = {}
+    for name, tensor in cast.tensors.items():
+        own[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in taken else tensor
+        taken.add(own[name].untyped_storage().data_ptr())
     return Resized(cast.architecture, own, tuple(steps), context.tokenizer, context.vocabulary)
 
 

@@ -35,8 +35,10 @@ from lathe.reshape.align import align_attention, align_feed_forward
 from lathe.reshape.calibrate import Batch, token_rows
 from lathe.reshape.divergence import Divergence
 from lathe.reshape.operation import Context, Operation
+from lathe.reshape.spill import Tensors
 from lathe.reshape.state import State, Step
-from lathe.reshape.walk import split
+from lathe.reshape.stream import blank, entering, held, layer_parts, model_of
+from lathe.reshape.walk import split, through
 
 SHARE_METHODS = ("mean", "middle")
 _KINDS = ("attention", "cross_attention", "feed_forward")
@@ -66,12 +68,12 @@ def _run(name: str, sharing: str, method: str, context: Context, state: State) -
     shared, step = share(state, name, sharing, method)
     if step.exact or not context.batches:
         return shared, [step]
-    fitted_on, held = split(context.batches, _MOST_TOKENS)
-    if not held:
+    fitted_on, apart = split(context.batches, _MOST_TOKENS)
+    if not apart:
         return shared, [step, replace(_NO_REFIT, note="one row of text cannot be split")]
     parent = context.current(state)
     fitted, second = refit_shared(parent, fitted_on, state, shared, name)
-    distance = Divergence(parent, held, torch.eye(parent.architecture.d_model, dtype=torch.float64))
+    distance = Divergence(parent, apart, torch.eye(parent.architecture.d_model, dtype=torch.float64))
     before, after = distance(context.current(shared)), distance(context.current(fitted))
     told = {"before": before, **second.detail, "after": after}
     measures = f"share of the wanted outputs missed; first and last, on text held out: {distance.measures}"
@@ -93,22 +95,25 @@ def share(state: State, stack_name: str, sharing: str, method: str = "mean") -> 
     old = dict(state.architecture.stacks)[stack_name]
     architecture = state.architecture.with_({f"{stack_name}.sharing": sharing})
     new = dict(architecture.stacks)[stack_name]
-    tensors, lost, difference = dict(state.tensors), dict[str, float](), 0.0
+    tensors, lost, difference = state.copied(), dict[str, float](), 0.0
     for kind in kinds_of(old):
         for index, layers in members_of(new, kind).items():
             sources = [index_of(old, kind, layer) for layer in layers]
-            parts = {i: sublayer_of(state, f"{stack_name}.{kind}.{i}") for i in dict.fromkeys(sources)}
-            merged, apart = _merged(parts, sources, old, kind, method)
-            for leaf, tensor in merged.items():
-                tensors[f"{stack_name}.{kind}.{index}.{leaf}"] = tensor
-            if len(parts) > 1:
-                lost[f"{stack_name}.{kind}.{index}"] = apart
-                difference = max(difference, apart)
-    wanted = {p.name for p in stored(architecture)}
-    kept = {name: tensor for name, tensor in tensors.items() if name in wanted}
+            path, into = f"{stack_name}.{kind}", f"{stack_name}.{kind}.{index}."
+            if len(set(sources)) == 1:
+                was = f"{path}.{sources[0]}."
+                for name in [name for name in state.tensors if name.startswith(was)]:
+                    tensors.take(into + name.removeprefix(was), state.tensors, name)
+                continue
+            merged, apart = _merged(state, path, sources, old, kind, method)
+            tensors |= {into + leaf: tensor for leaf, tensor in merged.items()}
+            lost[f"{path}.{index}"] = apart
+            difference = max(difference, apart)
+    for name in set(tensors) - {p.name for p in stored(architecture)}:
+        del tensors[name]
     exact = difference <= _SAME**2
     title = f"share {stack_name} layers {old.sharing} → {new.sharing}"
-    return State(architecture, kept), Step(f"{title} ({method})" if lost else title, exact, lost)
+    return State(architecture, tensors), Step(f"{title} ({method})" if lost else title, exact, lost)
 
 
 def kinds_of(stack: Stack) -> list[str]:
@@ -136,20 +141,23 @@ def sublayer_of(state: State, path: str) -> dict[str, Tensor]:
 
 
 def _merged(
-    parts: dict[int, dict[str, Tensor]], sources: Sequence[int], stack: Stack, kind: str, method: str
+    state: State, path: str, sources: Sequence[int], stack: Stack, kind: str, method: str
 ) -> tuple[dict[str, Tensor], float]:
     """One set of weights for all of `sources`, and the share of their squared weights that it is away from them."""
     middle = sources[len(sources) // 2]
-    reference = parts[middle]
-    if len(parts) == 1:
-        return reference, 0.0
-    ordered = aligned(parts, middle, stack, kind)
-    each = [ordered[index] for index in sources]
-    merged = reference
+    reference, ordered = sublayer_of(state, f"{path}.{middle}"), state.blank()
+    for index in dict.fromkeys(sources):
+        part = reference if index == middle else _like(reference, sublayer_of(state, f"{path}.{index}"), stack, kind)
+        ordered |= {f"{index}.{leaf}": tensor for leaf, tensor in part.items()}
+    merged, apart, size = reference, 0.0, 0.0
     if method == "mean":
-        merged = {leaf: torch.stack([part[leaf] for part in each]).mean(0) for leaf in reference}
-    apart = sum(float((part[leaf] - merged[leaf]).square().sum()) for part in each for leaf in merged)
-    size = sum(float(part[leaf].square().sum()) for part in each for leaf in merged)
+        zero = torch.zeros((), dtype=torch.float64)
+        merged = {leaf: sum((ordered[f"{i}.{leaf}"] for i in sources), zero) / len(sources) for leaf in reference}
+    for index in sources:
+        for leaf, tensor in merged.items():
+            part_of_it = ordered[f"{index}.{leaf}"]
+            apart += float((part_of_it - tensor).square().sum())
+            size += float(part_of_it.square().sum())
     return merged, apart / max(size, 1e-300)
 
 
@@ -157,28 +165,42 @@ def aligned(
     parts: Mapping[int, dict[str, Tensor]], middle: int, stack: Stack, kind: str
 ) -> dict[int, dict[str, Tensor]]:
     """Sublayers of one kind, by number, in the order of the heads and neurons of number `middle`. Exact."""
-    reference, out = parts[middle], dict(parts)
-    for index, part in parts.items():
-        if index == middle:
-            continue
-        if kind == "feed_forward":
-            out[index] = align_feed_forward(reference, part)
-        else:
-            out[index] = align_attention(reference, part, stack, cross=kind == "cross_attention")
-    return out
+    reference = parts[middle]
+    return {index: part if index == middle else _like(reference, part, stack, kind) for index, part in parts.items()}
+
+
+def _like(reference: Mapping[str, Tensor], part: Mapping[str, Tensor], stack: Stack, kind: str) -> dict[str, Tensor]:
+    """A sublayer in the order of another one's heads and neurons. Exact."""
+    if kind == "feed_forward":
+        return align_feed_forward(reference, part)
+    return align_attention(reference, part, stack, cross=kind == "cross_attention")
 
 
 # --- the refit on text
 
 
 class _Fit:
-    """Sums over the text for one matrix: what it reads and what it should write, with a 1 for the bias."""
+    """Sums over the text for one matrix: what it reads and what it should write, with a 1 for the bias.
 
-    def __init__(self) -> None:
+    Args:
+        place: where the sums of products are kept while other layers run, under names that start with `name`.
+    """
+
+    def __init__(self, place: Tensors, name: str) -> None:
+        self._place, self._name = place, name
         self.read = torch.zeros(())
         self.cross = torch.zeros(())
         self.missing = 0.0  # squares of what the matrix that there is does not write
         self.wanted = 0.0
+
+    def rest(self) -> None:
+        """Put the sums aside."""
+        self._place[f"{self._name}.read"], self._place[f"{self._name}.cross"] = self.read, self.cross
+        self.read = self.cross = torch.zeros(())
+
+    def wake(self) -> None:
+        """Take them up again."""
+        self.read, self.cross = self._place[f"{self._name}.read"], self._place[f"{self._name}.cross"]
 
     def add(self, x_NI: Tensor, missing_NO: Tensor, wanted_NO: Tensor, *, bias: bool) -> None:
         x = x_NI.to("cpu", torch.float64)
@@ -204,6 +226,30 @@ class _Fit:
         return fitted
 
 
+class _NormFit:
+    """Sums over the text for one norm, channel by channel: z before its weight and bias, w as it should be given."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.z = self.w = self.zz = self.zw = torch.zeros((), dtype=torch.float64)
+
+    def add(self, z_ND: Tensor, w_ND: Tensor) -> None:
+        """Count more tokens."""
+        z, w = (each.to("cpu", torch.float64) for each in (z_ND, w_ND))
+        self.count += len(z)
+        self.z, self.w = self.z + z.sum(0), self.w + w.sum(0)
+        self.zz, self.zw = self.zz + z.square().sum(0), self.zw + (z * w).sum(0)
+
+    def fitted(self, state: State, norm: str) -> dict[str, Tensor]:
+        """The norm's weight and bias, regressed channel by channel."""
+        if f"{norm}.bias" not in state.tensors:
+            return {f"{norm}.weight": self.zw / self.zz.clamp_min(1e-12)}
+        mean_z, mean_w = self.z / self.count, self.w / self.count
+        spread = (self.zz - self.count * mean_z.square()).clamp_min(1e-12)
+        slope = (self.zw - self.count * mean_z * mean_w) / spread
+        return {f"{norm}.weight": slope, f"{norm}.bias": mean_w - slope * mean_z}
+
+
 def refit_shared(
     parent: Transformer, batches: Iterable[Batch], before: State, shared: State, stack_name: str
 ) -> tuple[State, Step]:
@@ -219,7 +265,9 @@ def refit_shared(
     Raises:
         RequestError: no tokens.
     """
-    stack = dict(shared.architecture.stacks)[stack_name]
+    stack, every = dict(shared.architecture.stacks)[stack_name], list(batches)
+    if not every:
+        raise RequestError("the calibration text is empty; give text of the kind that the model is used on")
     teacher = _unshared(before, stack_name, parent)
     uses = {
         f"{stack_name}.{kind}.{index}": [f"{stack_name}.{kind}.{layer}" for layer in members]
@@ -230,7 +278,7 @@ def refit_shared(
     missed: dict[str, float] = {}
     for leaves in [("o", "down")] if stack.norm_position == "pre" else [("o", "down"), ("norm",)]:
         student = _unshared(shared, stack_name, parent)
-        changed, errors = _one_pass(teacher, student, batches, shared, uses, leaves)
+        changed, errors = _one_pass(teacher, student, every, shared, uses, leaves)
         shared = shared.with_(changed)
         missed |= errors
     return shared, Step(f"refit what the {stack_name}'s layers share", False, missed)
@@ -239,33 +287,25 @@ def refit_shared(
 def _unshared(state: State, stack_name: str, like: Transformer) -> Transformer:
     """A model of the state in which every layer of the stack has modules of its own, so that each can be heard."""
     copied, _ = share(state, stack_name, "none")
-    cast = copied.cast(like.dtype)
-    model = Transformer(cast.architecture, device="meta")
-    model.load_state_dict({n: t.detach().to(like.device) for n, t in cast.tensors.items()}, assign=True)
-    return model.eval()
+    return model_of(copied, like.dtype, like.device)
 
 
 def _one_pass(
     teacher: Transformer,
     student: Transformer,
-    batches: Iterable[Batch],
+    batches: Sequence[Batch],
     state: State,
     uses: dict[str, list[str]],
     leaves: tuple[str, ...],
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Fit `o` and `down`, or `norm`, of every shared sublayer, each layer reading what the parent's layer read."""
     name = next(iter(uses)).split(".")[0]
-    forced = [
-        f"{path}.{leaf}"
-        for path in _sublayers(name, dict(teacher.architecture.stacks)[name])
-        for leaf in ("o", "down", "norm")
-        if _has(teacher, path, leaf)
-    ]
+    stack = dict(teacher.architecture.stacks)[name]
     fits: dict[str, _Fit] = {}
-    norms: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    norms: dict[str, _NormFit] = {}
     said: dict[str, Tensor] = {}
     owner = {use: path for path, each in uses.items() for use in each}
-    current: Batch = {}
+    place, current = blank(teacher), batches[0]
 
     def hear(name: str, _: Tensor, out: Tensor) -> Tensor:
         said[name] = out
@@ -279,33 +319,45 @@ def _one_pass(
             x, made, should = (t.detach().flatten(0, -2)[rows] for t in (given, out, wanted))
             target = f"{owner[path]}.{leaf}"
             if leaf == "norm":
-                norms.setdefault(target, []).append((_normed(student.get_submodule(name), x), should.double()))
+                norms.setdefault(target, _NormFit()).add(_normed(student.get_submodule(name), x), should)
             else:
                 has_bias = f"{target}.bias" in state.tensors
-                fits.setdefault(target, _Fit()).add(x, should - made, should, bias=has_bias)
+                fits.setdefault(target, _Fit(place, target)).add(x, should - made, should, bias=has_bias)
         # Pre-norm's norms feed a sublayer, which is the student's own; all else goes on as in the parent.
         return out if leaf == "norm" and _is_pre(student, path) else wanted
 
     with torch.no_grad():
-        for batch in batches:
-            current = batch
-            with _through(teacher, forced, hear):
-                teacher(**batch)
-            with _through(student, forced, answer):
-                student(**batch)
-    if not said:
-        raise RequestError("the calibration text is empty; give text of the kind that the model is used on")
+        streams = entering(teacher, name, batches)
+        for layer in range(stack.n_layers):
+            paths, layers = [f"{name}.{kind}.{layer}" for kind in kinds_of(stack)], range(layer, layer + 1)
+            forced = [f"{p}.{leaf}" for p in paths for leaf in ("o", "down", "norm") if _has(teacher, p, leaf)]
+            here = [f"{owner[path]}.{leaf}" for path in paths if path in owner for leaf in leaves]
+            for target in here:
+                if target in fits:
+                    fits[target].wake()
+            with held(teacher, layer_parts(teacher, name, layers)), held(student, layer_parts(student, name, layers)):
+                for number, batch in enumerate(batches):
+                    current, one = batch, streams[number]
+                    with _through(teacher, forced, hear):
+                        streams.move(number, through(teacher, name, one, layers))
+                    with _through(student, forced, answer):  # its stream is the parent's, since what it adds is
+                        through(student, name, one, layers)
+            for target in here:
+                if target in fits:
+                    fits[target].rest()
     changed: dict[str, Tensor] = {}
     missed: dict[str, float] = {}
     for target, fit in fits.items():
+        fit.wake()
         step, before = fit.step(), state.wide(f"{target}.weight")
         inputs = before.shape[1]
         changed[f"{target}.weight"] = before + step[:inputs].T
         if f"{target}.bias" in state.tensors:
             changed[f"{target}.bias"] = state.wide(f"{target}.bias") + step[inputs]
         missed[target] = fit.missed(step)
-    for target, pairs in norms.items():
-        changed |= _fitted_norm(state, target, torch.cat([z for z, _ in pairs]), torch.cat([t for _, t in pairs]))
+        fit.rest()
+    for target, norm in norms.items():
+        changed |= norm.fitted(state, target)
     return changed, missed
 
 
@@ -320,23 +372,6 @@ def _normed(norm: nn.Module, x_ND: Tensor) -> Tensor:
 def _eps(norm: nn.Module) -> float:
     eps: Any = norm.eps
     return float(eps)
-
-
-def _fitted_norm(state: State, norm: str, z_ND: Tensor, wanted_ND: Tensor) -> dict[str, Tensor]:
-    """A norm's weight and bias, regressed channel by channel."""
-    has_bias = f"{norm}.bias" in state.tensors
-    mean_z = z_ND.mean(0) if has_bias else torch.zeros(z_ND.shape[1], dtype=torch.float64)
-    mean_w = wanted_ND.mean(0) if has_bias else torch.zeros_like(mean_z)
-    slope = ((z_ND - mean_z) * (wanted_ND - mean_w)).sum(0) / (z_ND - mean_z).square().sum(0).clamp_min(1e-12)
-    changed = {f"{norm}.weight": slope}
-    if has_bias:
-        changed[f"{norm}.bias"] = mean_w - slope * mean_z
-    return changed
-
-
-def _sublayers(name: str, stack: Stack) -> list[str]:
-    """The paths of the sublayers of a stack that shares nothing."""
-    return [f"{name}.{kind}.{layer}" for kind in kinds_of(stack) for layer in range(stack.n_layers)]
 
 
 def _has(model: Transformer, path: str, leaf: str) -> bool:

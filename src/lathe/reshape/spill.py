@@ -10,6 +10,7 @@ number that an operation changed, and go as soon as nothing refers to them.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import os
 import sys
@@ -18,6 +19,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,6 +118,22 @@ class _Scratch:
         with self._file.open("rb") as file:
             file.readinto(made.reshape(-1).view(torch.uint8).numpy().data)
         return made
+
+
+def parked(value: Any, place: Tensors, name: str) -> Callable[[], Any]:
+    """A record whose tensors are put into `place`, under names that start with `name`; the call gives it back."""
+    if isinstance(value, Tensor):
+        place[name] = value
+        return partial(place.__getitem__, name)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [field.name for field in dataclasses.fields(value)]
+        parts = {each: parked(getattr(value, each), place, f"{name}.{each}") for each in fields}
+        kind = type(value)
+        return lambda: kind(**{each: part() for each, part in parts.items()})
+    if isinstance(value, tuple):
+        items = [parked(each, place, f"{name}.{number}") for number, each in enumerate(value)]
+        return lambda: tuple(item() for item in items)
+    return lambda: value
 
 
 def release() -> None:

@@ -90,6 +90,26 @@ class Step:
     note: str = ""
 
 
+_BLOCK = 2**22  # numbers
+
+
+def blocks(tensor: Tensor) -> Iterator[slice]:
+    """The rows of a tensor, as many at a time as make a copy of them in float64 small (32 MiB)."""
+    rows = max(_BLOCK // max(tensor[:1].numel(), 1), 16)
+    for start in range(0, len(tensor), rows):
+        yield slice(start, min(start + rows, len(tensor)))
+
+
 def multiply(tensor: Tensor, dim: int, matrix: Tensor) -> Tensor:
-    """`tensor` with `matrix` (size × new size) applied along dimension `dim`."""
-    return (tensor.movedim(dim, -1) @ matrix).movedim(-1, dim)
+    """`tensor` with `matrix` (size × new size) applied along dimension `dim`, in float64 on the CPU.
+
+    A matrix' rows go block by block, so that of a table in another type no second whole copy is made.
+    """
+    if tensor.dim() != 2:
+        return (tensor.detach().to("cpu", torch.float64).movedim(dim, -1) @ matrix).movedim(-1, dim)
+    if dim == 0:
+        return matrix.T @ tensor.detach().to("cpu", torch.float64)
+    out = torch.empty(len(tensor), matrix.shape[1], dtype=torch.float64)
+    for some in blocks(tensor):
+        torch.matmul(tensor[some].detach().to("cpu", torch.float64), matrix, out=out[some])
+    return out

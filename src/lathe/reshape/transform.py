@@ -16,8 +16,10 @@ from torch import Tensor
 
 from lathe.model.feed_forward import ACTIVATION_FUNCTIONS
 from lathe.model.transformer import Transformer
-from lathe.reshape.calibrate import Batch, listening
-from lathe.reshape.state import State, Step
+from lathe.reshape.calibrate import Batch
+from lathe.reshape.state import State, Step, blocks
+from lathe.reshape.stream import held, last_streams
+from lathe.reshape.walk import shape_of
 from lathe.reshape.width import without_mean
 
 _BIAS = 4.0
@@ -27,29 +29,40 @@ _MOST_ROWS = 16_384
 
 def transform_rows(model: Transformer, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
     """The head transform's input and its norm's output over the text, N × D and N × width, float64."""
+    language, name = model.head.language, list(model.architecture.stacks)[-1][0]
+    assert language is not None
+    assert language.transform is not None
+    assert language.norm is not None
+    some: list[Batch] = []
+    positions = 0
+    for batch in batches:
+        some.append(batch)
+        positions += shape_of(model, name, batch).numel()
+        if positions >= _MOST_ROWS:
+            break
     inputs: list[Tensor] = []
     normed: list[Tensor] = []
-    language = model.head.language
-    assert language is not None
-    assert language.norm is not None
-    norm = language.norm
-
-    def hear_input(_: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
-        inputs.append(given[0].detach().flatten(0, -2).double())
-
-    def hear_norm(_: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
-        normed.append(norm.forward(given[0]).detach().flatten(0, -2).double())
-
-    heard = {"head.language.transform": hear_input, "head.language.norm": hear_norm}
-    with listening(model, heard), torch.no_grad():
-        for batch in batches:
-            model(**batch)
-            if sum(len(rows) for rows in inputs) >= _MOST_ROWS:
-                break
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        ends = last_streams(model, some)
+        with held(model, [language.transform, language.norm]):
+            for _, left_BTD in ends:
+                x_BTD = left_BTD * language.scale if language.scale != 1.0 else left_BTD
+                old_BTE = language.norm(language.activation(language.transform(x_BTD)))
+                inputs.append(x_BTD.flatten(0, -2).double())
+                normed.append(old_BTE.flatten(0, -2).double())
+    model.train(training)
     return torch.cat(inputs).cpu(), torch.cat(normed).cpu()
 
 
-def refit_transform(
+def refit_transform(before: State, state: State, x_ND: Tensor, old_NE: Tensor, into: Tensor) -> tuple[State, Step]:
+    """The state with what `fitted_transform` finds."""
+    changed, step = fitted_transform(before, state, x_ND, old_NE, into)
+    return state.with_(changed), step
+
+
+def fitted_transform(
     before: State,
     state: State,
     x_ND: Tensor,
@@ -58,7 +71,7 @@ def refit_transform(
     *,
     weight_N: Tensor | None = None,
     ridge: float = 1e-4,
-) -> tuple[State, Step]:
+) -> tuple[dict[str, Tensor], Step]:
     """The transform and its norm, fitted so that they give the old vector in the new channels.
 
     Args:
@@ -111,9 +124,14 @@ def refit_transform(
         # What the mean vector said in channels that are gone is a constant for each token: the output bias takes it.
         read = "embedding.tokens.weight" if language.tied else "head.language.output.weight"
         given = (share_N1 * (slope * centred + mean_t)).sum(0)
-        lost = before.wide(read) @ (share_N1 * old_NE).sum(0) - state.wide(read) @ given
-        changed["head.language.output.bias"] = before.wide("head.language.output.bias") + lost
-    return state.with_(changed), step
+        mean_old = (share_N1 * old_NE).sum(0)
+        old_VE, new_VE = before.tensors[read].detach(), state.tensors[read].detach()
+        lost = [
+            old_VE[some].to("cpu", torch.float64) @ mean_old - new_VE[some].to("cpu", torch.float64) @ given
+            for some in blocks(old_VE)
+        ]
+        changed["head.language.output.bias"] = before.wide("head.language.output.bias") + torch.cat(lost)
+    return changed, step
 
 
 def onto_table(new_VE: Tensor, old_VD: Tensor, often_V: Tensor | None = None) -> Tensor:
@@ -123,11 +141,26 @@ def onto_table(new_VE: Tensor, old_VD: Tensor, often_V: Tensor | None = None) ->
         often_V: how much each token counts; alike where left out.
     """
     weight = torch.full((len(new_VE),), 1.0 / len(new_VE), dtype=torch.float64) if often_V is None else often_V
-    # What is added to every token's logit alike changes no prediction, so the tables count about their mean.
-    new, old = new_VE - weight @ new_VE, old_VD - weight @ old_VD
-    left = new.T * weight
-    found: Tensor = torch.linalg.pinv(left @ new, hermitian=True, rtol=1e-8) @ (left @ old)
+    gram, reading = products(new_VE, old_VD, weight)
+    found: Tensor = torch.linalg.pinv(gram, hermitian=True, rtol=1e-8) @ reading
     return found
+
+
+def products(new_VE: Tensor, old_VD: Tensor, often_V: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ often · n nᵀ and Σ often · n oᵀ of two tables' rows about their means, block by block.
+
+    What is added to every token's logit alike changes no prediction, so a table counts about its mean.
+
+    Args:
+        often_V: how much each token counts; sums to one.
+    """
+    gram = reading = mean_new = mean_old = torch.zeros((), dtype=torch.float64)
+    for some in blocks(new_VE):
+        new, old = (each[some].detach().to("cpu", torch.float64) for each in (new_VE, old_VD))
+        left = new.T * often_V[some]
+        gram, reading = gram + left @ new, reading + left @ old
+        mean_new, mean_old = mean_new + left.sum(1), mean_old + often_V[some] @ old
+    return gram - torch.outer(mean_new, mean_new), reading - torch.outer(mean_new, mean_old)
 
 
 def loudest_directions(rows_NE: Tensor, width: int) -> Tensor:

@@ -28,7 +28,8 @@ from lathe.errors import RequestError
 from lathe.model.transformer import Transformer
 from lathe.reshape.calibrate import Batch
 from lathe.reshape.operation import Context, Operation
-from lathe.reshape.state import State, Step
+from lathe.reshape.state import State, Step, blocks
+from lathe.reshape.stream import StreamedTransformer, weights_of
 from lathe.text.corpus import Corpus
 from lathe.text.cut import Pieces, cut_pieces
 from lathe.text.grow import grow, spelt
@@ -107,12 +108,16 @@ class Renewed:
 
     def applied(self, state: State) -> State:
         """The model with this vocabulary in place of the one that it was settled for."""
-        changed = {p.name: _gathered(state.tensors[p.name], dim, self.rows) for p, dim in state.along("vocab")}
+        changed = state.blank()
+        for parameter, dim in state.along("vocab"):
+            changed[parameter.name] = _gathered(state.tensors[parameter.name], dim, self.rows)
         return state.with_(changed, self.changes)
 
     def model(self, model: Transformer) -> Transformer:
         """A model with this vocabulary in place of its own, otherwise as it is: a teacher for one that has it."""
-        state = self.applied(State(model.architecture, model.state_dict()))
+        state = self.applied(State(model.architecture, weights_of(model)))
+        if isinstance(model, StreamedTransformer):
+            return StreamedTransformer(state.architecture, state.copied())
         made = Transformer(state.architecture, device="meta")
         made.load_state_dict(dict(state.tensors), assign=True)
         return made.train(model.training)
@@ -331,7 +336,10 @@ def _gathered(tensor: Tensor, dim: int, rows: Rows) -> Tensor:
         if len(row) == 1:
             continue
         if row not in means:
-            means[row] = (lying[list(row)] if row else lying).to(torch.float64).mean(0).to(lying.dtype)
+            some = lying[list(row)] if row else lying
+            zero = torch.zeros((), dtype=torch.float64, device=some.device)
+            total = sum((some[part].to(torch.float64).sum(0) for part in blocks(some)), zero)
+            means[row] = (total / len(some)).to(lying.dtype)
         out[number] = means[row]
     return out.movedim(0, dim).contiguous()
 

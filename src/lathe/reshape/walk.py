@@ -3,12 +3,14 @@
 A fit of one layer needs what the layer reads once everything before it is fitted. Running whole models for every fit
 would cost the square of their depth, and keeping every activation would cost the memory. So each batch is held as the
 stream before one layer, in both models; a layer is run as often as it has parts to fit, and then the streams move on
-to the next. What is held is one vector a token and model. Everything wider is looked at by listeners as it passes.
+to the next. What is held is one vector a token and model, on the disk where the models are streamed. Everything wider
+is looked at by listeners as it passes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +19,10 @@ from torch import Tensor, nn
 
 from lathe.model.block import Surroundings
 from lathe.model.loss import IGNORED
-from lathe.model.stack import TransformerStack
+from lathe.model.mask import drop_if_full
+from lathe.model.stack import Memory, TransformerStack
 from lathe.model.transformer import Transformer
+from lathe.reshape.spill import Tensors, parked
 
 if TYPE_CHECKING:
     from lathe.reshape.calibrate import Batch
@@ -34,6 +38,40 @@ class Held:
     around: Surroundings
 
 
+class Streams:
+    """Batches of one model, held before the same layer.
+
+    Args:
+        place: where their tensors are kept: in memory or on the disk.
+    """
+
+    def __init__(self, place: Tensors) -> None:
+        self._place = place
+        self._around: list[Callable[[], Any]] = []
+        self._shapes: list[torch.Size] = []
+
+    def add(self, held: Held) -> None:
+        """One more batch."""
+        number = len(self._around)
+        self._around.append(parked(held.around, self._place, f"{number}.around"))
+        self._shapes.append(held.x_BTD.shape)
+        self.move(number, held.x_BTD)
+
+    def move(self, number: int, x_BTD: Tensor) -> None:
+        """A batch' stream as it is by now."""
+        self._place[f"{number}.x"] = x_BTD
+
+    def shape(self, number: int) -> torch.Size:
+        """Rows and positions of a batch."""
+        return self._shapes[number][:2]
+
+    def __getitem__(self, number: int) -> Held:
+        return Held(self._place[f"{number}.x"], self._around[number]())
+
+    def __len__(self) -> int:
+        return len(self._around)
+
+
 class _Reached(Exception):
     """The call that was waited for has been made."""
 
@@ -45,9 +83,16 @@ def stack_of(model: Transformer, name: str) -> TransformerStack:
     return stack
 
 
-def entered(model: Transformer, name: str, batch: Batch) -> Held:
-    """A batch as it enters a stack; an encoder before it runs."""
+def entered(model: Transformer, name: str, batch: Batch, memory_BSD: Tensor | None = None) -> Held:
+    """A batch as it enters a stack.
+
+    Args:
+        memory_BSD: what the encoder before the stack left; it runs where this is left out.
+    """
     stack, calls = stack_of(model, name), []
+    if memory_BSD is not None:
+        padding_BS = drop_if_full(batch.get("attention_mask"))
+        batch = {**batch, "encoder_outputs": Memory(memory_BSD, padding_BS, batch.get("segment_ids"))}  # type: ignore[dict-item]
 
     def caught(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         calls.append((given, named))
@@ -70,6 +115,60 @@ def through(model: Transformer, name: str, held: Held, layers: range) -> Tensor:
     for number in layers:
         x_BTD, _, _ = stack.layer(number)(x_BTD, held.around)
     return x_BTD
+
+
+@contextmanager
+def standing(model: Transformer, left_BTD: Tensor) -> Iterator[None]:
+    """Within it the stacks count as run: a call of the model runs its heads alone, on what the last stack left."""
+    stacks = [stack_of(model, name) for name, _ in model.architecture.stacks]
+    for stack in stacks:
+        stack.__dict__["forward"] = lambda *_, **__: left_BTD
+    try:
+        yield
+    finally:
+        for stack in stacks:
+            del stack.__dict__["forward"]
+
+
+def read_by(model: Transformer, module: str, batch: Batch, left_BTD: Tensor) -> Tensor:
+    """What a module of the head reads of a batch; no token's logits are computed on the way.
+
+    Args:
+        left_BTD: what the last stack left of the batch.
+    """
+    reads: list[Tensor] = []
+
+    def caught(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+        reads.append(given[0])
+        raise _Reached
+
+    def nothing(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (given[0][:, :0], *given[1:])
+
+    handles = [model.get_submodule(module).register_forward_pre_hook(caught)]
+    language = model.head.language
+    if language is not None and not module.startswith("head.language."):
+        handles.append(language.register_forward_pre_hook(nothing))
+    try:
+        with standing(model, left_BTD):
+            model(**batch)
+    except _Reached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return reads[0]
+
+
+def shape_of(model: Transformer, name: str, batch: Batch) -> torch.Size:
+    """Rows and positions of a batch in a stack, before any of it is run."""
+    keys = ["input_ids", "inputs_embeds"]
+    if model.encoder is not None and model.decoder is not None and name == "decoder":
+        # As the model itself makes a decoder's input: from the labels, or for a pooler from the encoder's.
+        has_language = model.head.language is not None
+        keys = ["decoder_input_ids", *(["labels"] if has_language else []), "input_ids"]
+    found = next(batch[key] for key in keys if key in batch)
+    return found.shape[:2]
 
 
 def token_rows(name: str, shape: torch.Size, batch: Batch, *, both: bool) -> Tensor:

@@ -36,7 +36,7 @@ from lathe.errors import RequestError
 from lathe.model.positions import sinusoid
 from lathe.reshape.calibrate import Moments
 from lathe.reshape.fold import fold, is_tied, readers
-from lathe.reshape.state import State, Step, multiply
+from lathe.reshape.state import State, Step, blocks, multiply
 
 
 @dataclass(frozen=True)
@@ -178,14 +178,15 @@ def rotate(state: State, group: str, field: str, basis: Basis, moments: Moments)
             parameter.role == "writer" and dim == len(parameter.axes) - 1 and dim > 0
         )
         matrix = basis.writing if frees_mean and not reads else basis.matrix
-        changed[parameter.name] = multiply(changed.get(parameter.name, state.wide(parameter.name)), dim, matrix)
+        source = changed if parameter.name in changed else state.tensors
+        changed[parameter.name] = multiply(source[parameter.name], dim, matrix)
     for norm in norms:
         changed |= _norm_after(state, norm, basis, moments, frees_mean=frees_mean)
     changed |= _rescaled(state, field, old, new, changed)
     if group == "residual":
         for follower in ("pooled", "transform"):  # as wide as the stream by definition
             for parameter, dim in state.along(follower):
-                whole = changed.get(parameter.name, state.wide(parameter.name))
+                whole = changed[parameter.name] if parameter.name in changed else state.wide(parameter.name)
                 changed[parameter.name] = whole.narrow(dim, 0, new)
     sizes: dict[str, object] = {field: new}
     if group == "residual" and not streams_of(state.architecture, group):
@@ -242,13 +243,18 @@ def _tied_norm(state: State, norm: str, basis: Basis, moments: Moments, *, frees
     Old logits are E(γ∘x̂), new ones E'(γ'∘x̂') with x̂' = √(d/d') Rᵀx̂. Over the text's second moment C of x̂ that
     is a quadratic form in γ' with matrix (E'ᵀE') ∘ (RᵀCR)·d/d'.
     """
-    table = state.wide("embedding.tokens.weight")
+    table = state.tensors["embedding.tokens.weight"].detach()
     scale = state.wide(f"{norm}.weight")
     r = basis.matrix
-    new_table = table @ (basis.writing if frees_mean else r)
+    writing = basis.writing if frees_mean else r
+    inner = reading = torch.zeros((), dtype=torch.float64)
+    for some in blocks(table):
+        rows = table[some].to("cpu", torch.float64)
+        new_rows = rows @ writing
+        inner, reading = inner + new_rows.T @ new_rows, reading + new_rows.T @ (rows * scale)
     seen = moments.mean(norm) @ r * basis.growth
-    quadratic = (new_table.T @ new_table) * (r.T @ seen * basis.growth)
-    linear = ((new_table.T @ (table * scale)) * seen.T).sum(1)
+    quadratic = inner * (r.T @ seen * basis.growth)
+    linear = (reading * seen.T).sum(1)
     ridge = 1e-8 * quadratic.diagonal().mean() * torch.eye(len(quadratic), dtype=torch.float64)
     start = r.square().T @ scale  # what the fit falls back to where the text says nothing
     fitted = torch.linalg.solve(quadratic + ridge, linear + ridge @ start)
@@ -256,7 +262,7 @@ def _tied_norm(state: State, norm: str, basis: Basis, moments: Moments, *, frees
     if f"{norm}.bias" in state.tensors:
         shift = state.wide(f"{norm}.bias")
         changed |= (
-            _tied_shift(norm, table, new_table, r, shift, fitted * basis.growth)
+            _tied_shift(norm, table, writing, r, shift, fitted * basis.growth)
             if frees_mean
             else {f"{norm}.bias": r.T @ shift}
         )
@@ -264,7 +270,7 @@ def _tied_norm(state: State, norm: str, basis: Basis, moments: Moments, *, frees
 
 
 def _tied_shift(
-    norm: str, table: Tensor, new_table: Tensor, r: Tensor, shift: Tensor, scale: Tensor
+    norm: str, table: Tensor, writing: Tensor, r: Tensor, shift: Tensor, scale: Tensor
 ) -> dict[str, Tensor]:
     """A tied LayerNorm's bias, and a place for what it cannot express.
 
@@ -274,11 +280,11 @@ def _tied_shift(
     """
     loud = 4.0 * float(scale.square().mean().sqrt().clamp_min(1e-12))
     moved = r.T @ (shift - shift.mean())
-    missing = table @ shift - new_table @ moved
-    return {
-        f"{norm}.bias": moved + loud,
-        "embedding.tokens.weight": new_table + missing[:, None] / (loud * new_table.shape[1]),
-    }
+    new_table = multiply(table, 1, writing)
+    for some in blocks(table):
+        missing = table[some].to("cpu", torch.float64) @ shift - new_table[some] @ moved
+        new_table[some] += missing[:, None] / (loud * new_table.shape[1])
+    return {f"{norm}.bias": moved + loud, "embedding.tokens.weight": new_table}
 
 
 def _rescaled(state: State, field: str, old: int, new: int, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -317,7 +323,9 @@ def keep(state: State, group: str, field: str, channels: Tensor, method: str) ->
     old = 0
     for parameter, dim in state.along(group):
         old = parameter.axes[dim].size
-        changed[parameter.name] = changed.get(parameter.name, state.wide(parameter.name)).index_select(dim, channels)
+        source = changed if parameter.name in changed else state.tensors
+        kept = source[parameter.name].detach().cpu().index_select(dim, channels)
+        changed[parameter.name] = kept.to(torch.float64)
     changed |= _rescaled(state, field, old, len(channels), changed) if old else {}
     step = Step(f"{method} {field.removeprefix('embedding.')} {old} → {len(channels)}", len(channels) == old, {})
     return state.with_(changed, {field: len(channels)}), step
