@@ -1,0 +1,190 @@
+"""A GGUF file run by llama.cpp, through the C interface that `llama-cpp-python` binds.
+
+Decoders give logits, encoder-decoders the logits of the decoder after the encoder has read a row, encoders their
+hidden states, classifiers their labels' logits. The cache is kept in float32, so that what is measured is the file.
+The tokenizer in the file is given texts of many kinds; one that llama.cpp cuts otherwise is named.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lathe.errors import LatheError
+from lathe.export.base import Checked, Source
+from lathe.export.compare import compare, probe, reference
+from lathe.text.tokenizer import Tokenizer
+
+TEXTS = (
+    "The quick brown fox jumps over the lazy dog.",
+    "In 1984, 3.14 was about 22/7; that's all we'll say!",
+    "나는 어제 친구와 함께 영화를 보았다.",
+    "Zoë's café in Málaga opens at 9:30 – naïve, déjà vu…",
+    "two  spaces, and three   more",
+    "first line\nsecond line\tand a tab",
+    "def f(x): return x ** 2  # square",
+    "漢字とかな, ελληνικά, русский",
+    "emoji 🙂 and a rare sign ⟁",
+)
+
+
+def check(source: Source, place: Path) -> Checked:
+    """Run the file beside the model.
+
+    Raises:
+        LatheError: llama.cpp cannot open or run it, or cuts most texts into other ids.
+    """
+    import llama_cpp
+
+    architecture, rows = source.architecture, probe(source.architecture)
+    model = reference(architecture, dict(source.tensors))
+    wanted, found = [], []
+    with _quietly(llama_cpp), _opened(llama_cpp, place) as opened:
+        for row in rows:
+            if architecture.decoder is None:
+                what = "hidden states" if architecture.head.classifier is None else "logits"
+                found.append(_states(llama_cpp, opened, row, architecture.d_model, architecture.head.classifier))
+                with torch.inference_mode():
+                    output = model(row[None])
+                wanted.append(output.last_hidden_state[0] if architecture.head.classifier is None else output.logits)
+            elif architecture.encoder is None:
+                what = "logits"
+                found.append(_logits(llama_cpp, opened, None, row, architecture.embedding.vocab_size))
+                with torch.inference_mode():
+                    wanted.append(model(row[None]).logits[0])
+            else:
+                what = "logits of the decoder"
+                target = _target(row, architecture.tokens.decoder_start)
+                found.append(_logits(llama_cpp, opened, row, target, architecture.embedding.vocab_size))
+                with torch.inference_mode():
+                    wanted.append(model(row[None], decoder_input_ids=target[None]).logits[0])
+        same, odd = _texts(llama_cpp, opened, source.tokenizer)
+    notes = tuple(f"llama.cpp's tokenizer cuts this text otherwise: {text!r}" for text in odd)
+    return Checked(f"llama.cpp ({llama_cpp.__version__})", what, compare(wanted, found), same, notes)
+
+
+def _target(row: Tensor, start: int | None) -> Tensor:
+    """Something for the decoder to read: the start token and a part of the row."""
+    return torch.cat((row.new_tensor([0 if start is None else start]), row[: len(row) // 2]))
+
+
+@contextmanager
+def _quietly(library: Any) -> Iterator[None]:
+    """Without llama.cpp's account of what it loads; what fails returns an error here."""
+
+    def ignore(level: int, text: bytes, data: Any) -> None:
+        pass
+
+    callback = library.llama_log_callback(ignore)
+    library.llama_log_set(callback, ctypes.c_void_p(0))
+    try:
+        yield
+    finally:
+        library.llama_log_set(library.llama_log_callback(0), ctypes.c_void_p(0))
+
+
+@contextmanager
+def _opened(library: Any, place: Path) -> Iterator[Any]:
+    library.llama_backend_init()
+    settings = library.llama_model_default_params()
+    settings.n_gpu_layers = 0
+    model = library.llama_model_load_from_file(str(place).encode(), settings)
+    if not model:
+        raise LatheError(f"llama.cpp ({library.__version__}) cannot open what was written; nothing was kept")
+    try:
+        yield model
+    finally:
+        library.llama_model_free(model)
+
+
+@contextmanager
+def _context(library: Any, model: Any, length: int, pooling: int | None = None) -> Iterator[Any]:
+    """A context for one row. `pooling` asks for states: 0 for each token's own, 4 for a classifier's."""
+    settings = library.llama_context_default_params()
+    settings.n_ctx = settings.n_batch = settings.n_ubatch = max(length, 32)
+    settings.type_k = settings.type_v = library.GGML_TYPE_F32
+    settings.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    if pooling is not None:
+        settings.embeddings, settings.pooling_type = True, pooling
+    context = library.llama_init_from_model(model, settings)
+    if not context:
+        raise LatheError(f"llama.cpp ({library.__version__}) cannot run what was written; nothing was kept")
+    try:
+        yield context
+    finally:
+        library.llama_free(context)
+
+
+@contextmanager
+def _batch(library: Any, row: Tensor) -> Iterator[Any]:
+    """One row as a batch that asks for every token's output."""
+    batch = library.llama_batch_init(len(row), 0, 1)
+    try:
+        batch.n_tokens = len(row)
+        for place, number in enumerate(row.tolist()):
+            batch.token[place], batch.pos[place] = number, place
+            batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
+            batch.logits[place] = 1
+        yield batch
+    finally:
+        library.llama_batch_free(batch)
+
+
+def _run(library: Any, call: Any, context: Any, batch: Any) -> None:
+    code = call(context, batch)
+    if code != 0:
+        raise LatheError(f"llama.cpp ({library.__version__}) cannot run what was written (code {code})")
+
+
+def _logits(library: Any, model: Any, source: Tensor | None, row: Tensor, vocab_size: int) -> Tensor:
+    """A decoder's logits of every place of `row`; the encoder reads `source` first, where there is one."""
+    with ExitStack() as stack:
+        context = stack.enter_context(_context(library, model, max(len(row), 0 if source is None else len(source))))
+        if source is not None:
+            _run(library, library.llama_encode, context, stack.enter_context(_batch(library, source)))
+        _run(library, library.llama_decode, context, stack.enter_context(_batch(library, row)))
+        rows = [library.llama_get_logits_ith(context, place)[:vocab_size] for place in range(len(row))]
+        return torch.tensor(rows)
+
+
+def _states(library: Any, model: Any, row: Tensor, d_model: int, classifier: Any) -> Tensor:
+    """An encoder's hidden states, or its classifier's logits."""
+    with ExitStack() as stack:
+        context = stack.enter_context(_context(library, model, len(row), 0 if classifier is None else 4))
+        _run(library, library.llama_encode, context, stack.enter_context(_batch(library, row)))
+        if classifier is not None:
+            return torch.tensor([library.llama_get_embeddings_seq(context, 0)[: classifier.n_labels]])
+        return torch.tensor([library.llama_get_embeddings_ith(context, place)[:d_model] for place in range(len(row))])
+
+
+def _texts(library: Any, model: Any, tokenizer: Tokenizer | None) -> tuple[int | None, list[str]]:
+    """How many of TEXTS llama.cpp cuts into the same ids, and those that it does not.
+
+    Raises:
+        LatheError: most come out otherwise.
+    """
+    if tokenizer is None:
+        return None, []
+    words = library.llama_model_get_vocab(model)
+    odd = [text for text in TEXTS if _cut(library, words, text) != tokenizer.encode(text)]
+    if len(odd) > len(TEXTS) // 2:
+        text = odd[0]
+        raise LatheError(
+            f"llama.cpp's tokenizer makes {_cut(library, words, text)} of {text!r}, and the model's makes "
+            f"{tokenizer.encode(text)}; nothing was kept"
+        )
+    return len(TEXTS) - len(odd), odd
+
+
+def _cut(library: Any, words: Any, text: str) -> list[int]:
+    data = text.encode()
+    room = len(data) + 8
+    ids = (library.llama_token * room)()
+    count = library.llama_tokenize(words, data, len(data), ids, room, True, True)
+    return list(ids[: max(count, 0)])
