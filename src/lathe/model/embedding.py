@@ -65,7 +65,7 @@ class StackInput(nn.Module):
 
     def forward(self, x_BTE: Tensor, positions_BT: Tensor, token_type_ids: Tensor | None) -> Tensor:
         """Token vectors with everything added and normed, B × T × E."""
-        self._check_length(positions_BT)
+        self.check_length(positions_BT)
         if self.token_types is not None:
             types = torch.zeros_like(positions_BT) if token_type_ids is None else token_type_ids
             x_BTE = x_BTE + self.token_types(types)
@@ -78,7 +78,8 @@ class StackInput(nn.Module):
         out: Tensor = self.dropout(x_BTE)
         return out
 
-    def _check_length(self, positions_BT: Tensor) -> None:
+    def check_length(self, positions_BT: Tensor) -> None:
+        """Raise `RequestError` where a position is past the table."""
         limit = self.spec.limit
         if limit is None or torch.compiler.is_compiling():
             return

@@ -142,7 +142,7 @@ class Transformer(nn.Module):
                 output_attentions,
             )
         else:
-            ids_BT = self._decoder_ids(decoder_input_ids, labels, input_ids)
+            ids_BT = self.decoder_ids(decoder_input_ids, labels, input_ids)
             mask_BT = decoder_attention_mask
             vectors = self.vectors(ids_BT, None)
             hidden_BTD = self._decode(
@@ -258,7 +258,8 @@ class Transformer(nn.Module):
         )
         return hidden
 
-    def _decoder_ids(self, given: Tensor | None, labels: Tensor | None, input_ids: Tensor | None) -> Tensor:
+    def decoder_ids(self, given: Tensor | None, labels: Tensor | None, input_ids: Tensor | None) -> Tensor:
+        """What an encoder-decoder's decoder reads: what is given, or made from the labels, or from what it pools."""
         if given is not None:
             return given
         if self.architecture.head.language is not None and labels is not None:
@@ -291,11 +292,16 @@ class Transformer(nn.Module):
     def _fill_head(
         self, output: Output, hidden_BTD: Tensor, ids: Tensor | None, mask: Tensor | None, logits_to_keep: int
     ) -> None:
-        head = self.head
-        if head.language is not None:
-            output.logits = head.language(hidden_BTD[:, -logits_to_keep:], self.embedding.tokens)
+        if self.head.language is not None:
+            output.logits = self.head.language(hidden_BTD[:, -logits_to_keep:], self.embedding.tokens)
         # With a cache a forward sees a part of each row, which stands for no sequence.
-        if head.token is None or output.past_key_values is not None:
+        if output.past_key_values is None:
+            self.fill_pooled(output, hidden_BTD, ids, mask)
+
+    def fill_pooled(self, output: Output, hidden_BTD: Tensor, ids: Tensor | None, mask: Tensor | None) -> None:
+        """Add the pooled state and the labels, where there is a pooler, to an output that has its token logits."""
+        head = self.head
+        if head.token is None:
             return
         pooled = head.pool(hidden_BTD, self._place_to_read(hidden_BTD, ids, mask))
         if head.token != "each":

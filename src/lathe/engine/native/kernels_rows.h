@@ -1,0 +1,229 @@
+// What is done to single rows between the products: norms, activations, rotation; and attention.
+#pragma once
+
+#include "kernels.h"
+#include "kernels_float.h"
+#include "vector.h"
+
+namespace {
+
+using lathe::Attend;
+using lathe::Norm;
+
+float lanes_and_rest(const float* x, int width, float shift, bool squares) {
+    vf total{};
+    int i = 0;
+    for (; i + L <= width; i += L) {
+        const vf v = load(x + i) - all(shift);
+        total += squares ? v * v : v;
+    }
+    float out = sum(total);
+    for (; i < width; ++i) out += squares ? (x[i] - shift) * (x[i] - shift) : x[i] - shift;
+    return out;
+}
+
+void normalise(float* to, const float* x, const Norm& norm) {
+    const int width = norm.width;
+    const float mean = norm.rms ? 0.0f : lanes_and_rest(x, width, 0.0f, false) / (float)width;
+    const float variance = lanes_and_rest(x, width, mean, true) / (float)width;
+    const float by = 1.0f / __builtin_sqrtf(variance + norm.eps);
+    for (int i = 0; i < width; i += L) {
+        const int count = width - i < L ? width - i : L;
+        const bool whole = count == L;
+        vf v = ((whole ? load(x + i) : load_some(x + i, count)) - all(mean)) * all(by);
+        v *= whole ? load(norm.weight + i) : load_some(norm.weight + i, count);
+        if (norm.bias) v += whole ? load(norm.bias + i) : load_some(norm.bias + i, count);
+        if (whole)
+            store(to + i, v);
+        else
+            store_some(to + i, v, count);
+    }
+}
+
+INLINE vf activate(vf x, int activation) {
+    switch (activation) {
+        case lathe::kRelu: return larger(x, vf{});
+        case lathe::kGelu: return gelu(x);
+        case lathe::kGeluTanh:
+            return all(0.5f) * x * (all(1.0f) + hyperbolic_tangent(all(0.79788456f) * (x + all(0.044715f) * x * x * x)));
+        case lathe::kQuickGelu: return x * logistic(all(1.702f) * x);
+        case lathe::kSilu: return x * logistic(x);
+        case lathe::kTanh: return hyperbolic_tangent(x);
+        default: return x;
+    }
+}
+
+void finish(float* to, long stride, const float* tile, const float* gate, int rows, int columns, const float* bias,
+            const float* gate_bias, float scale, int activation, int add) {
+    for (int m = 0; m < rows; ++m)
+        for (int i = 0; i < columns; i += L) {
+            const int count = columns - i < L ? columns - i : L;
+            const bool whole = count == L;
+            float* out = to + m * stride + i;
+            vf x = load(tile + m * kPanel + i) * all(scale);
+            if (bias) x += whole ? load(bias + i) : load_some(bias + i, count);
+            if (gate) {
+                vf g = load(gate + m * kPanel + i) * all(scale);
+                if (gate_bias) g += whole ? load(gate_bias + i) : load_some(gate_bias + i, count);
+                x *= activate(g, activation);
+            } else {
+                x = activate(x, activation);
+            }
+            if (add) x += whole ? load(out) : load_some(out, count);
+            if (whole)
+                store(out, x);
+            else
+                store_some(out, x, count);
+        }
+}
+
+// Channel i and channel i + d_head / 2 of each head turn by one angle.
+void rotate(float* x, int heads, int d_head, const float* cos, const float* sin) {
+    const int half = d_head / 2;
+    for (int head = 0; head < heads; ++head, x += d_head)
+        for (int i = 0; i < half; i += L) {
+            const int count = half - i < L ? half - i : L;
+            if (count == L) {
+                const vf a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i);
+                store(x + i, a * c - b * s);
+                store(x + half + i, b * c + a * s);
+            } else {
+                const vf a = load_some(x + i, count), b = load_some(x + half + i, count);
+                const vf c = load_some(cos + i, count), s = load_some(sin + i, count);
+                store_some(x + i, a * c - b * s, count);
+                store_some(x + half + i, b * c + a * s, count);
+            }
+        }
+}
+
+void scale_add(float* to, const float* x, float scale, int width, int add) {
+    for (int i = 0; i < width; ++i) to[i] = add ? to[i] + scale * x[i] : scale * x[i];
+}
+
+// Σ_s p[m][s] · v[s] for M queries and N vectors of channels.
+template <int M, int N>
+INLINE void gather(float* out, long out_stride, const float* p, long p_stride, const float* v, long key, int keys,
+                   int tail) {
+    vf sums[M][N];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) sums[m][n] = vf{};
+    for (int s = 0; s < keys; ++s) {
+        vf value[N];
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n)
+            value[n] = tail && n == N - 1 ? load_some(v + s * key + n * L, tail) : load(v + s * key + n * L);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+            const vf weight = all(p[m * p_stride + s]);
+#pragma GCC unroll 16
+            for (int n = 0; n < N; ++n) sums[m][n] += weight * value[n];
+        }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) {
+            float* to = out + m * out_stride + n * L;
+            if (tail && n == N - 1)
+                store_some(to, sums[m][n], tail);
+            else
+                store(to, sums[m][n]);
+        }
+}
+
+template <int M>
+INLINE void gather_rows(float* out, long out_stride, const float* p, long p_stride, const float* v, long key, int keys,
+                        int d_head) {
+    int i = 0;
+    for (; i + 4 * L <= d_head; i += 4 * L) gather<M, 4>(out + i, out_stride, p, p_stride, v + i, key, keys, 0);
+    for (; i + L <= d_head; i += L) gather<M, 1>(out + i, out_stride, p, p_stride, v + i, key, keys, 0);
+    if (i < d_head) gather<M, 1>(out + i, out_stride, p, p_stride, v + i, key, keys, d_head - i);
+}
+
+// p becomes softmax(scale · p + bias) over `count` keys; what is left of the sum is divided out of the weights here.
+INLINE void soften(float* p, int count, float scale, const float* bias) {
+    vf best = all(-3.4e38f);
+    int i = 0;
+    for (; i + L <= count; i += L) {
+        vf x = load(p + i) * all(scale);
+        if (bias) x += load(bias + i);
+        store(p + i, x);
+        best = larger(best, x);
+    }
+    float most = largest(best);
+    for (; i < count; ++i) {
+        p[i] = p[i] * scale + (bias ? bias[i] : 0.0f);
+        most = p[i] > most ? p[i] : most;
+    }
+    vf total{};
+    for (i = 0; i + L <= count; i += L) {
+        const vf e = exponential(load(p + i) - all(most));
+        store(p + i, e);
+        total += e;
+    }
+    float whole = sum(total);
+    if (i < count) {
+        const vf e = exponential(load_some(p + i, count - i) - all(most));
+        store_some(p + i, e, count - i);
+        for (int j = i; j < count; ++j) whole += p[j];
+    }
+    const vf by = all(1.0f / whole);
+    for (i = 0; i + L <= count; i += L) store(p + i, load(p + i) * by);
+    for (; i < count; ++i) p[i] *= by[0];
+}
+
+// M queries that stand `q_stride` apart; query m sees keys `low[m]` … `high[m]` and stands at `place[m]`.
+template <int M>
+INLINE void attend_block(const Attend& a, const float* q, long q_stride, float* out, long out_stride, const int* low,
+                         const int* high, const int* place, const float* const* bias) {
+    int first = low[0], last = high[0];
+    for (int m = 1; m < M; ++m) {
+        first = low[m] < first ? low[m] : first;
+        last = high[m] > last ? high[m] : last;
+    }
+    const int count = last - first;
+    const long width = a.keys + 16;
+    float* p = a.scratch;
+    dot_rows<M>(p, width, q, q_stride, a.k + first * a.key, a.key, count, a.d_head);
+    for (int m = 0; m < M; ++m) {
+        float* row = p + m * width;
+        for (int s = 0; s < low[m] - first; ++s) row[s] = 0;
+        soften(row + (low[m] - first), high[m] - low[m], a.scale, bias[m] ? bias[m] + (low[m] - place[m]) : nullptr);
+        for (int s = high[m] - first; s < count; ++s) row[s] = 0;
+    }
+    gather_rows<M>(out, out_stride, p, width, a.v + first * a.key, a.key, count, a.d_head);
+}
+
+void attend(const Attend& a) {
+    // One token: its heads are a block. Several: each head's tokens are, four at a time, for they share the keys.
+    const bool by_heads = a.tokens == 1;
+    const int outer = by_heads ? 1 : a.heads, inner = by_heads ? a.heads : a.tokens;
+    const long q_stride = by_heads ? a.d_head : a.q_token, out_stride = by_heads ? a.d_head : a.out_token;
+    for (int o = 0; o < outer; ++o)
+        for (int i = 0; i < inner;) {
+            const int count = inner - i >= 4 ? 4 : inner - i >= 2 ? 2 : 1;
+            int low[4], high[4], place[4];
+            const float* bias[4];
+            for (int m = 0; m < count; ++m) {
+                const int token = by_heads ? 0 : i + m, head = by_heads ? i + m : o;
+                place[m] = a.first + token;
+                high[m] = a.causal ? place[m] + 1 : a.keys;
+                low[m] = a.causal && a.window > 0 && high[m] > a.window ? high[m] - a.window : 0;
+                bias[m] = a.bias ? a.bias + head * a.bias_head : nullptr;
+            }
+            const long offset = by_heads ? 0 : (long)o * a.d_head;
+            const float* q = a.q + offset + i * q_stride;
+            float* out = a.out + offset + i * out_stride;
+            if (count == 4)
+                attend_block<4>(a, q, q_stride, out, out_stride, low, high, place, bias);
+            else if (count == 2)
+                attend_block<2>(a, q, q_stride, out, out_stride, low, high, place, bias);
+            else
+                attend_block<1>(a, q, q_stride, out, out_stride, low, high, place, bias);
+            i += count;
+        }
+}
+
+}  // namespace
