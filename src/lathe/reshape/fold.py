@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lathe.architecture import Architecture
 from lathe.blueprint import Parameter, blueprint
-from lathe.reshape.state import State
+from lathe.reshape.state import State, blocks
 
 
 def readers(architecture: Architecture, norm: str) -> list[Parameter]:
@@ -39,13 +39,15 @@ def fold(state: State, norms: list[str]) -> State:
         has_shift = f"{norm}.bias" in state.tensors
         shift = state.wide(f"{norm}.bias") if has_shift else torch.zeros_like(scale)
         for reader in readers(state.architecture, norm):
-            weight = changed.get(reader.name, state.wide(reader.name))
-            changed[reader.name] = weight * scale
+            source = changed if reader.name in changed else state.tensors
+            weight = source[reader.name].detach().cpu()
+            changed[reader.name] = weight * scale  # in float64, as the scale is
             if has_shift:
-                bias, constant = _bias_for(reader.name), weight @ shift * _input_factor(state, reader.name)
+                bias, constant = _bias_for(reader.name), _times(weight, shift) * _input_factor(state, reader.name)
                 if bias != reader.name.removesuffix("weight") + "bias":
-                    constant = _output_table(state) @ constant
-                changed[bias] = changed.get(bias, state.wide(bias)) + constant
+                    constant = _times(_output_table(state), constant)
+                before = changed if bias in changed else state.tensors
+                changed[bias] = before[bias].detach().cpu() + constant
         changed[f"{norm}.weight"] = torch.ones_like(scale)
         if has_shift:
             changed[f"{norm}.bias"] = torch.zeros_like(scale)
@@ -91,7 +93,12 @@ def _bias_for(weight: str) -> str:
 def _output_table(state: State) -> Tensor:
     """What a language head multiplies last: its own table, or the token table."""
     own = "head.language.output.weight"
-    return state.wide(own if own in state.tensors else "embedding.tokens.weight")
+    return state.tensors[own if own in state.tensors else "embedding.tokens.weight"].detach().cpu()
+
+
+def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+    """A matrix, in any type, times a float64 vector, block by block."""
+    return torch.cat([matrix[some].to(torch.float64) @ vector for some in blocks(matrix)])
 
 
 def _bias_field(weight: str) -> str:

@@ -89,8 +89,8 @@ def layer_importance(model: Transformer, batches: Iterable[Batch], stack_name: s
 
             def count(number: int, before_BTD: Tensor, after_BTD: Tensor, layer: int = layer) -> None:
                 rows = token_rows(before_BTD, stack_name, every[number])
-                wide = [each.flatten(0, -2)[rows].to("cpu", torch.float64) for each in (before_BTD, after_BTD)]
-                total[layer] += (1 - torch.cosine_similarity(*wide, dim=-1)).sum()
+                one, other = (x.flatten(0, -2)[rows].to("cpu", torch.float64) for x in (before_BTD, after_BTD))
+                total[layer] += (1 - torch.cosine_similarity(one, other, dim=-1)).sum()
 
             advance(model, stack_name, streams, layer, count)
         for number, batch in enumerate(every):

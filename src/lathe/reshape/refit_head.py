@@ -105,10 +105,13 @@ def _tied_table(work: Fitting, name: str) -> None:
         lambda p, c: (c[dropout][1].double() * scales[0], p[dropout][1].double() * scales[1], None),
     )
     wanted = pairs.fitted.through(work.before.tensors[_TOKENS].detach(), None)
-    start = Linear(work.state.wide(_TOKENS), None)
-    for candidate in start.fits(wanted, _TABLE_RIDGES):
-        # The least ridge that helps: what is held more fits the head less.
-        if work.attempt(_TOKENS, {_TOKENS: candidate.weight}):
+    for ridge in _TABLE_RIDGES:
+        # The least ridge that helps: what is held more fits the head less. Put away at once, a table is large.
+        fitted = work.state.blank()
+        for candidate in Linear(work.state.wide(_TOKENS), None).fits(wanted, (ridge,)):
+            fitted[_TOKENS] = candidate.weight
+            del candidate
+        if fitted and work.attempt(_TOKENS, fitted):
             return
     work.left.append(_TOKENS)
 

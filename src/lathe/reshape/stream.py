@@ -247,7 +247,9 @@ def _last_streams(
     model: Transformer, batches: Iterable[Batch], hear: Callable[[Batch], None]
 ) -> Iterator[tuple[Batch, Tensor]]:
     name, spec = list(model.architecture.stacks)[-1]
-    if isinstance(model, StreamedTransformer):
+    # The matrix that lifts both stacks' embeddings is heard for one stack after the other, wherever the model is.
+    lifts_both = model.encoder is not None and name == "decoder" and model.embedding.projection is not None
+    if isinstance(model, StreamedTransformer) or lifts_both:
         every = list(batches)
         streams = left_by(model, name, every, hear=hear)
         return ((batch, streams[number].x_BTD) for number, batch in enumerate(every))
