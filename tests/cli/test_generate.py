@@ -90,6 +90,21 @@ def test_any_setting_is_a_word_and_the_best_beams_come_with_their_scores(cli, gp
     assert not set(json.loads(cli(*words, *more).out)["texts"][0]["ids"]) & set(best["ids"])
 
 
+@pytest.mark.parametrize(
+    ("words", "sampled"),
+    [
+        ([], False),
+        (["top_k=5"], True),
+        (["top_k=none"], True),
+        (["--greedy", "top_k=none"], False),
+        (["--sample"], True),
+    ],
+)
+def test_a_setting_of_sampling_samples_whatever_its_value(cli, gpt2: Path, words: list[str], sampled: bool) -> None:
+    answer = json.loads(cli("generate", gpt2, "--prompt", "to be", "--max-new-tokens", "2", *words, "--json").out)
+    assert answer["sampled"] is sampled
+
+
 def test_a_stop_string_ends_the_text_and_a_stream_prints_the_same(cli, gpt2: Path) -> None:
     words = ("generate", gpt2, "--prompt", "to be", "eos_token_id=none", "max_new_tokens=8")
     whole = cli(*words).out
@@ -160,10 +175,56 @@ def test_turns_are_refused_where_there_are_none(cli, gpt2: Path, tmp_path: Path)
         (["--prompt", "to be", "--slots", "2"], "--slots 2: the prompts of --file"),
         ([*file, "--slots", "2", "--explain"], "--slots 2: the prompts of --file"),
         ([*file, "--slots", "0"], "slots=0: expected at least 1"),
-        ([*file, "--slots", "2", "num_beams=2"], "num_beams=2: rows that take turns"),
+        ([*file, "--slots", "-1"], "slots=-1: expected at least 1"),
     ):
         ran = cli("generate", gpt2, *words)
         assert (ran.code, ran.out) == (2, "")
+        assert message in ran.err
+
+
+@pytest.fixture(scope="module")
+def draft(gpt2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A narrower model of the same tokenizer."""
+    parent = lathe.load(gpt2)
+    sizes = {"d_model": 8, "d_ff": 8, "n_heads": 1}
+    path = tmp_path_factory.mktemp("models") / "draft"
+    lathe.Model(parent.architecture.with_(sizes), seed=2, tokenizer=parent.tokenizer).save(path)
+    return path
+
+
+def test_with_a_draft_the_text_is_the_models_and_what_it_was_good_for_is_said(cli, gpt2: Path, draft: Path) -> None:
+    words = ("generate", gpt2, "--prompt", "to be", "--prompt", "the quick brown", "--max-new-tokens", "9")
+    plain, drafted = cli(*words), cli(*words, "--draft", draft, "--num-draft-tokens", "3")
+    assert (drafted.code, drafted.out) == (0, plain.out)
+    assert "drafted tokens accepted (" in drafted.err
+    assert "times as fast a token as without the draft" in drafted.err
+    answer = json.loads(cli(*words, "--draft", gpt2, "--json").out)
+    assert answer["draft"].keys() == {"model", "proposed", "accepted", "passes", "speed_up"}
+    assert answer["draft"]["proposed"] == answer["draft"]["accepted"] > 0
+    assert answer["draft"]["speed_up"] > 0
+    assert [each["ids"] for each in answer["texts"]] == [
+        each["ids"] for each in json.loads(cli(*words, "--json").out)["texts"]
+    ]
+
+
+def test_drafts_that_cannot_be_are_one_line(cli, gpt2: Path, draft: Path, t5: Path, tmp_path: Path) -> None:
+    tokenizer = train_tokenizer([line.upper() for line in CORPUS], 300, convention="gpt2")
+    sizes = {"vocab_size": 300, "n_layers": 1, "d_model": 8, "d_ff": 8, "n_heads": 1, "d_head": 8}
+    tokens = {"tokens.eos": [tokenizer.eos_id], "tokens.bos": tokenizer.bos_id}
+    lathe.Model(lathe.preset("gpt2").with_({**sizes, **tokens}), tokenizer=tokenizer).save(tmp_path / "other")
+    for words, message in (
+        (["--draft", t5], "the draft has a vocabulary of 320 tokens and the model one of 300"),
+        (["--draft", tmp_path / "other"], "the draft's tokenizer has other tokens than the model's"),
+        (["--num-draft-tokens", "3"], "--num-draft-tokens 3: there is no draft"),
+        (["--draft", draft, "--num-draft-tokens", "0"], "num_draft_tokens=0: expected a whole number"),
+        (["--draft", draft, "--stream"], "--draft writes all prompts in one batch"),
+        (["--draft", draft, "--explain"], "--draft writes all prompts in one batch"),
+        (["--draft", draft, "num_beams=2"], "num_beams=2 with a draft"),
+        (["--draft", tmp_path / "none"], "none"),
+    ):
+        ran = cli("generate", gpt2, "--prompt", "to be", *words)
+        assert (ran.code, ran.out) == (2, "")
+        assert ran.err.count("\n") == 1
         assert message in ran.err
 
 
@@ -172,6 +233,16 @@ def test_a_batch_that_no_memory_holds_is_refused_with_the_bytes_it_needs(cli, t5
     assert ran.code == 2
     assert ran.out == ""
     assert "1,000 rows of 1,000,000,000 tokens does not fit into memory: it needs 116 TiB" in ran.err
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_an_empty_prompt_is_refused_whatever_the_tokenizer_sets_around_it(
+    cli, name: str, request: pytest.FixtureRequest
+) -> None:
+    for words in (["generate", "--prompt"], ["look", "--text"]):
+        ran = cli(words[0], request.getfixturevalue(name), words[1], "")
+        assert (ran.code, ran.out) == (2, "")
+        assert "holds no token; expected some text" in ran.err.splitlines()[-1]
 
 
 def test_an_encoder_decoder_prints_what_it_makes_of_the_prompt(cli, t5: Path) -> None:

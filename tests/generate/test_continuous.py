@@ -88,6 +88,67 @@ def test_samples_and_one_seed_are_those_of_the_batch_that_is_decoded_as_a_whole(
     assert [row.ids for row in rows] == [new[:n].tolist() for new, n in zip(new_RT, whole.lengths_R.tolist())]
 
 
+BEAMS: tuple[dict[str, Any], ...] = (
+    {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 8},
+    {"num_beams": 2, "max_length": 14, "length_penalty": -1.0, "early_stopping": True},
+    {"num_beams": 2, "max_new_tokens": 6, "early_stopping": "never", "no_repeat_ngram_size": 2, "min_new_tokens": 3},
+    {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0, "max_new_tokens": 6, "num_return_sequences": 3},
+    {"num_beams": 2, "do_sample": True, "temperature": 2.0, "max_new_tokens": 6, "num_return_sequences": 2},
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(texts=prompts, alike=st.integers(0, 20), slots=st.integers(1, 3), how=st.sampled_from(BEAMS), data=st.data())
+@settings(max_examples=5)
+def test_beams_that_take_turns_are_those_of_the_prompt_alone(
+    name: str, texts: list[list[int]], alike: int, slots: int, how: dict[str, Any], data: st.DataObject
+) -> None:
+    model = model_of(name)
+    # All begin alike, with what is long enough to be held once, or not; an encoder's sources come twice.
+    texts = [list(range(5, 5 + alike)) + text for text in texts]
+    texts = [*texts, *texts[:2]]
+    if "max_length" in how and model.encoder is None:
+        texts = [text[:13] for text in texts]
+    how = {**how, "eos_token_id": ended_early(model)}
+    order, copies = data.draw(st.permutations(range(len(texts)))), how.get("num_return_sequences", 1)
+    seeded = "do_sample" in how
+    found = decode_rows(
+        model,
+        [texts[at] for at in order],
+        slots=slots,
+        **how,
+        **({"seed": tuple(100 + at for at in order)} if seeded else {}),
+    )
+    assert [row.number for row in found] == list(range(copies * len(texts)))
+    for place, at in enumerate(order):
+        ids = torch.tensor([texts[at]])
+        alone = decode(model, ids, torch.ones_like(ids), **how, **({"seed": (100 + at,)} if seeded else {}))
+        for rank, row in enumerate(found[copies * place : copies * (place + 1)]):
+            length = int(alone.lengths_R[rank])
+            assert row.ids == alone.sequences_RT[rank, alone.n_prompt : alone.n_prompt + length].tolist()
+            assert row.ended == bool(alone.ended_R[rank])
+            assert row.score == pytest.approx(float(alone.scores_R[rank]), rel=1e-4, abs=1e-5)
+            torch.testing.assert_close(torch.tensor(row.log_probs), alone.log_probs_RT[rank, :length].float())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_a_prompts_beams_leave_together_and_the_next_ones_take_their_rows(name: str) -> None:
+    model, texts = model_of(name), [[5 + at, 9, 11 + at] for at in range(6)]
+    how: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 12, "early_stopping": True}
+    with Reads(model) as reads:
+        rows = decode_rows(model, texts, slots=2, eos_token_id=ended_early(model), **how)
+    assert len({len(row.ids) for row in rows}) > 1
+    steps = [count for count, columns in reads.shapes if columns == 1 and count > 2]
+    assert set(steps) <= {3, 6}
+    alone = 0
+    for text in texts:
+        with Reads(model) as reads:
+            decode_rows(model, [text], slots=1, eos_token_id=ended_early(model), **how)
+        alone += sum(count for count, columns in reads.shapes if count == 3)
+    # No step reads a row of a search that is over.
+    assert sum(steps) == alone
+
+
 class Reads:
     """How many rows and columns each pass of a model reads."""
 
@@ -129,8 +190,10 @@ def test_rows_come_as_they_finish() -> None:
     assert [row.number for row in rows_as_finished(model, texts, slots=3, **lengths, eos_token_id=None)] == [1, 2, 0]
 
 
-def test_a_beginning_that_prompts_share_is_computed_once() -> None:
-    model, beginning = model_of("gpt2"), list(range(10, 22))
+@pytest.mark.parametrize("alike", [12, 20])
+def test_a_beginning_that_prompts_share_is_computed_once(alike: int) -> None:
+    """A short one is copied from place to place, a long one is held once."""
+    model, beginning = model_of("gpt2"), list(range(10, 10 + alike))
     texts = [[*beginning, 5 + at, 30 + at] for at in range(6)]
     for slots in (1, 2, 6):
         with Reads(model) as reads:
@@ -142,6 +205,71 @@ def test_a_beginning_that_prompts_share_is_computed_once() -> None:
         ]
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_what_all_prompts_begin_with_is_held_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, made = model_of(name), held_by(monkeypatch)
+    how: dict[str, Any] = {"max_new_tokens": 4, "eos_token_id": None, "slots": 5}
+    decode_rows(model, [[*range(10, 28), 5 + at] for at in range(5)], **how)
+    decode_rows(model, [[9 + at, *range(10, 27), 5 + at] for at in range(5)], **how)
+    alike, different = (slots.plan for slots in made)
+    assert (alike.shared, alike.tokens, different.shared, different.tokens) == (18, 4, 0, 22)
+    each = decoding_bytes(model.architecture, 1, 1, 0, 0, 8) - decoding_bytes(model.architecture, 1, 0, 0, 0, 8)
+    # Four of five copies of the 18 tokens are saved, and a beginning has a spare slot of its own.
+    assert different.n_bytes - alike.n_bytes == (4 * 18 - 1) * each
+    for slots in made:
+        assert slots.cache.nbytes + 5 * VOCABULARY * 4 == slots.plan.n_bytes
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_source_of_several_rows_is_encoded_and_held_once(
+    name: str, beams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, made, encoded = model_of(name), held_by(monkeypatch), []
+    encode = model.encode
+
+    def note(ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> Any:
+        encoded.extend([row[mask.bool()].tolist() for row, mask in zip(ids_BT, mask_BT)])
+        return encode(ids_BT, mask_BT)
+
+    monkeypatch.setattr(model, "encode", note)
+    one, two, three = [5, 6, 7, 8], [9, 10], [11, 12, 13]
+    texts = [one, two, one, one, three, two, one]
+    how: dict[str, Any] = {"max_new_tokens": 5, "num_beams": beams, "eos_token_id": ended_early(model)}
+    rows = decode_rows(model, texts, slots=4, **how)
+    assert sorted(encoded) == sorted([one, two, three])
+    (slots,) = made
+    assert (slots.plan.slots, slots.plan.sources, slots.plan.source) == (4, 3, 4)
+    assert slots.cache.nbytes + 4 * beams * VOCABULARY * 4 == slots.plan.n_bytes
+    for text, row in zip(texts, rows):
+        (alone,) = decode_rows(model, [text], **how)
+        assert row.ids == alone.ids
+
+
+def test_samples_of_a_source_read_it_once() -> None:
+    model = model_of("t5")
+    with Reads(model) as reads:
+        rows = decode_rows(
+            model, [[5, 6, 7]], slots=4, max_new_tokens=3, do_sample=True, num_return_sequences=4, seed=0
+        )
+    assert len(rows) == 4
+    # The first sample's pass encodes, the others' reads what it left.
+    assert reads.shapes[:2] == [(1, 1), (3, 1)]
+
+
+def held_by(monkeypatch: pytest.MonkeyPatch) -> list[Slots]:
+    """The places that are made from now on."""
+    made: list[Slots] = []
+    init = Slots.__init__
+
+    def keep(self: Slots, *given: Any) -> None:
+        init(self, *given)
+        made.append(self)
+
+    monkeypatch.setattr(Slots, "__init__", keep)
+    return made
+
+
 def test_several_samples_read_their_prompt_once() -> None:
     model, text = model_of("llama"), list(range(10, 25))
     with Reads(model) as reads:
@@ -151,18 +279,13 @@ def test_several_samples_read_their_prompt_once() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_cache_is_as_large_as_planned_and_never_larger(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, made, held = model_of(name), [], []
-    plain, init = Slots.step, Slots.__init__
-
-    def keep(self: Slots, *given: Any) -> None:
-        init(self, *given)
-        made.append(self)
+    model, made, held = model_of(name), held_by(monkeypatch), []
+    plain = Slots.step
 
     def note(self: Slots, tokens: Any) -> Any:
         held.append(self.cache.nbytes)
         return plain(self, tokens)
 
-    monkeypatch.setattr(Slots, "__init__", keep)
     monkeypatch.setattr(Slots, "step", note)
     texts = [[5] * n for n in (3, 11, 6, 8, 2)]
     decode_rows(model, texts, slots=2, max_new_tokens=6, eos_token_id=None)
@@ -182,7 +305,8 @@ def test_places_are_as_many_as_half_of_the_memory_holds(monkeypatch: pytest.Monk
     monkeypatch.setattr("lathe.generate.memory.free_bytes", lambda _: 7 * each)
 
     def planned(rows: int, slots: int | None) -> int:
-        return plan_slots(model.architecture, rows, 30, 0, slots=slots, itemsize=8, device=device).slots
+        texts = [([number % 60], 30) for number in range(rows)]
+        return plan_slots(model.architecture, texts, slots=slots, itemsize=8, device=device).slots
 
     assert (planned(100, None), planned(2, None), planned(100, 6)) == (3, 2, 6)
     with pytest.raises(RequestError, match="a cache for 8 rows of 30 tokens does not fit into memory"):
@@ -209,7 +333,8 @@ def test_a_part_of_a_cache_is_the_same_memory() -> None:
         ([], {}, "there is no prompt"),
         ([[5], []], {}, "prompt 2 has shape"),
         ([[5], [99]], {}, "token id 99"),
-        ([[5]], {"num_beams": 2}, "num_beams=2: rows that take turns"),
+        ([[5]], {"num_beams": 2, "suppress_tokens": list(range(VOCABULARY))}, "leave row 0 no token"),
+        ([[5]], {"num_beams": 2, "num_return_sequences": 3}, "expected at most num_beams=2"),
         ([[5]], {"slots": 0}, "slots=0: expected at least 1"),
         ([[5] * 30, [6]], {"max_new_tokens": 9}, "more than this model's 32 positions"),
         ([[5], [6]], {"seed": (1,), "do_sample": True}, "1 seeds for 2 prompts"),

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lathe.architecture import Positions, RotaryScaling
-from lathe.model.attention import attend, attend_reference
+from lathe.model.attention import attend, attend_reference, attend_shared
 from lathe.model.mask import Mask, cached_mask, self_mask
 from lathe.model.positions import bucket, rotate, rotation
 
@@ -38,6 +38,35 @@ def test_fused_equals_reference(batch, groups, per_group, queries, extra, masked
     written, weights = attend_reference(q, k, v, mask, bias_BHTS=bias, scale=scale)
     torch.testing.assert_close(fused, written, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(weights.sum(-1), torch.ones(batch, heads, queries))
+
+
+@given(
+    batch=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    per_group=st.integers(1, 3),
+    queries=st.integers(1, 3),
+    shared=st.integers(1, 4),
+    own=st.integers(0, 3),
+    window=st.sampled_from([None, 2]),
+    biased=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_keys_that_all_rows_share_may_be_held_once(
+    batch, groups, per_group, queries, shared, own, window, biased, seed
+):
+    heads, keys = groups * per_group, shared + own + queries
+    q = draw(batch, heads, queries, 4, seed=seed)
+    first = draw(1, groups, shared, 4, seed=seed + 1), draw(1, groups, shared, 4, seed=seed + 2)
+    k, v = (draw(batch, groups, own + queries, 4, seed=seed + more) for more in (3, 4))
+    bias = draw(1, heads, queries, keys, seed=seed + 5) if biased else None
+    # Rows stand at different places.
+    places = shared + torch.arange(batch)[:, None] % (own + 1) + torch.arange(queries)
+    mask = cached_mask(places, keys, window=window)
+    found, weights = attend_shared(q, first, k, v, mask, bias_BHTS=bias, scale=0.7)
+    whole = [torch.cat((each.expand(batch, -1, -1, -1), rest), dim=2) for each, rest in zip(first, (k, v))]
+    expected, theirs = attend_reference(q, *whole, mask, bias_BHTS=bias, scale=0.7)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(weights, theirs)
 
 
 def make_mask(kind: str, batch: int, queries: int, keys: int, seed: int) -> Mask:

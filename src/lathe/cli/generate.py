@@ -45,7 +45,9 @@ def command(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same samples.")] = None,
     slots: Annotated[
         int | None,
-        typer.Option(help="Of --file, how many rows go at once; left out: what half of the free memory holds."),
+        typer.Option(
+            help="Of --file, how many texts, or beam searches, go at once; else what half of the memory holds."
+        ),
     ] = None,
     special_tokens: Annotated[bool, typer.Option("--special-tokens", help="Keep </s>, sentinels and so on.")] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print one prompt's text while it is written.")] = False,
@@ -117,7 +119,8 @@ def _settings(words: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any
         if name in settings:
             raise RequestError(f"{name} is set twice; set it once")
         settings[name] = value
-    if "do_sample" not in settings and any(settings.get(name) is not None for name in SAMPLING):
+    # Also `top_k=none`, which keeps every token: only a draw can keep any.
+    if "do_sample" not in settings and any(name in settings for name in SAMPLING):
         settings["do_sample"] = True
     return settings
 
@@ -137,7 +140,6 @@ def _run(
 ) -> None:
     from lathe.cli.output import emit_json, say, write
     from lathe.generate.explain import Explanation, lines
-    from lathe.generate.settings import Settings
     from lathe.generate.text import complete, complete_in_turns
 
     model = _load(name, adapter, _device(device))
@@ -150,8 +152,7 @@ def _run(
     explanation = Explanation(model.tokenizer) if explain else None
     started = time.perf_counter()
     common: dict[str, Any] = {"stored": model.generation, "keep_special_tokens": special_tokens, **settings}
-    # Beams have no turns: they are searched in one batch, unless --slots asked for turns, which are then refused.
-    if turns and (slots is not None or Settings.resolve(model.architecture, settings, model.generation).num_beams == 1):
+    if turns:
         found = complete_in_turns(model, model.tokenizer, prompts, slots=slots, **common)
     else:
         found = complete(model, model.tokenizer, prompts, watch=explanation, **common)

@@ -17,16 +17,20 @@ from lathe.planner.memory import cache_bytes
 from lathe.planner.quantities import bytes_text
 
 
-def decoding_bytes(architecture: Architecture, rows: int, slots: int, prompts: int, source: int, itemsize: int) -> int:
+def decoding_bytes(
+    architecture: Architecture, rows: int, slots: int, prompts: int, source: int, itemsize: int, *, shared: int = 0
+) -> int:
     """The bytes of the cache and of one step's logits.
 
     Args:
-        rows: that are decoded at once; each keeps `slots` tokens.
-        prompts: whose `source` tokens are kept for cross-attention, shared by a prompt's rows.
+        rows: that are decoded at once; each keeps `slots` tokens of its own.
+        prompts: whose `source` tokens are kept for cross-attention, shared by the rows that read them.
         itemsize: bytes of one number of the cache.
+        shared: tokens that all rows begin with, kept once.
     """
     per = cache_bytes(architecture)
-    kept = rows * (slots + 1) * per.per_token["float32"] + prompts * source * per.per_source_token["float32"]
+    tokens = rows * (slots + 1) + (shared + 1 if shared else 0)  # each row of a cache has a spare slot for pads
+    kept = tokens * per.per_token["float32"] + prompts * source * per.per_source_token["float32"]
     return kept * itemsize // torch.float32.itemsize + rows * architecture.embedding.vocab_size * torch.float32.itemsize
 
 

@@ -8,7 +8,7 @@ Shape suffixes: B rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,11 +102,18 @@ def tokens(task: Task) -> Iterator[Step]:
         logits_BV = rows.step(chosen_B)
 
 
-def refuse_nothing_left(best_B: Tensor, step: int) -> None:
-    """Raise RequestError where the best token of a row is none at all: the filters have ruled out every one."""
+def refuse_nothing_left(best_B: Tensor, step: int | Tensor, names: Sequence[int] | None = None) -> None:
+    """Raise RequestError where the best token of a row is none at all: the filters have ruled out every one.
+
+    Args:
+        step: how many new tokens the rows have; one number for all or one for each.
+        names: what the rows are called; their places where left out.
+    """
     none_B = best_B.isneginf()
     if bool(none_B.any()):
+        row = int(none_B.nonzero()[0])
+        count = step if isinstance(step, int) else int(step[row])
         raise RequestError(
-            f"the settings leave row {int(none_B.nonzero()[0])} no token to choose as new token {step + 1}; "
-            "ban fewer tokens or n-grams, or ask for fewer new tokens"
+            f"the settings leave row {row if names is None else names[row]} no token to choose as new token "
+            f"{count + 1}; ban fewer tokens or n-grams, or ask for fewer new tokens"
         )

@@ -1,13 +1,22 @@
 """The places of a static cache, which rows take and leave.
 
-All memory is taken once: `slots` rows of `tokens` places, and for an encoder-decoder as many of `source` tokens of
-cross-attention. The rows in flight always stand in the first places, side by side, so a step reads and writes a
-slice and copies nothing. When a row leaves, the last one is moved into its place.
+All memory is taken once: `slots` places of `width` rows each (one, or the beams of a prompt), for an encoder-decoder
+some sources of cross-attention, and what all prompts begin with. The places in flight always stand first, side by
+side, so a step reads and writes a slice and copies nothing. When a row leaves, the last one is moved into its place.
 
-A place remembers which tokens' keys and values it holds, also after its row has left. A decoder's keys and values
-depend on nothing but the tokens up to their own, so a new row that starts with the same tokens takes them over
-instead of computing them (the idea of PagedAttention's shared blocks, Kwon et al. 2023, §4.4; here they are copied).
-A decoder beside an encoder also depends on the source, and shares nothing.
+Three things are shared.
+
+- *What all prompts begin with* is read and held once, in a cache of one row. Every row's keys and values follow it, and
+  attention reads it for all rows at once (Hydragen; Juravsky et al. 2024).
+- *A source* that several rows read is encoded once, and its cross-attention keys and values are held once. Where
+  sources are shared the rows of one layer at a time are gathered for a step; where all differ they stand in the order
+  of the places and nothing is.
+- *What only some prompts begin with* is computed once. A place remembers which tokens' keys and values it holds, also
+  after its row has left, and a new row that starts with the same tokens copies them. It does not refer to them: places
+  come and go, and a slice that a step can read as it stands is worth more than the memory (PagedAttention refers, block
+  by block, and needs a kernel that reads blocks; Kwon et al. 2023, §4.4).
+
+A decoder beside an encoder starts from one token, so there is no beginning to share.
 
 Shape suffixes: B rows, T positions, S encoder positions, G key-value heads, K d_head, V vocabulary.
 """
@@ -29,9 +38,11 @@ from lathe.model.stack import Memory
 from lathe.model.transformer import Transformer
 
 # More rows than this make a step slower about as fast as they make it do more.
-_MOST_SLOTS = 64
+_MOST_ROWS = 64
 # Of the memory that is free, the part that the cache may take; a pass holds its own tensors beside it.
 _SHARE = 0.5
+# So many tokens alike are worth holding once: attention in two parts costs a step something.
+_WORTH_SHARING = 16
 
 
 @dataclass(frozen=True)
@@ -39,45 +50,65 @@ class SlotPlan:
     """What a cache of places holds.
 
     Args:
-        slots: rows at once.
-        tokens: of each at most, prompt and new ones together.
-        source: tokens of each row's source at most; 0 without an encoder.
+        slots: places; prompts, or samples of one, that are decoded at once.
+        width: rows of each place: the beams of a prompt.
+        tokens: of each row at most, prompt and new ones together, without what all share.
+        shared: the first tokens of all prompts, held once; 0 where that is not worth it.
+        sources: how many different sources are held; 0 without an encoder.
+        source: tokens of each at most.
         n_bytes: of the cache and of one step's logits.
     """
 
     slots: int
+    width: int
     tokens: int
+    shared: int
+    sources: int
     source: int
     n_bytes: int
 
 
 def plan_slots(
     architecture: Architecture,
-    rows: int,
-    tokens: int,
-    source: int,
+    texts: Sequence[tuple[Sequence[int], int]],
+    sources: Sequence[Sequence[int]] = (),
     *,
     slots: int | None,
+    width: int = 1,
     itemsize: int,
     device: torch.device,
 ) -> SlotPlan:
-    """How many of `rows` rows go at once, and the bytes that they take.
+    """How many of the rows that wait go at once, and the bytes that they take.
 
     Args:
+        texts: what each row starts with and how many tokens are added to it at most.
+        sources: what the encoder reads for each, where there is one.
         slots: as many, or as there are rows if these are fewer; None: as many as half of the free memory holds,
-            at most 64.
+            at most 64 rows.
+        width: rows that each takes.
 
     Raises:
         RequestError: more rows than the memory holds, or not even one.
     """
+    # The first and the last in order differ first. A row's last token has to be read by itself, for its logits.
+    prompts = [tuple(text) for text, _ in texts]
+    alike = min(shared(min(prompts), max(prompts)), min(map(len, prompts)) - 1)
+    several = (len(texts) > 1 and slots != 1) or width > 1
+    first = alike if several and alike >= _WORTH_SHARING else 0
+    tokens = max(len(text) + max_new - 1 for text, max_new in texts) - first
+    different, source = len({tuple(each) for each in sources}), max(map(len, sources), default=0)
+
+    def needed(count: int) -> int:
+        kept = min(count, different)
+        return decoding_bytes(architecture, count * width, tokens, kept, source, itemsize, shared=first)
+
     if slots is None:
-        each = decoding_bytes(architecture, 1, tokens, 1, source, itemsize)
-        free = free_bytes(device)
-        slots = _MOST_SLOTS if free is None else max(1, min(_MOST_SLOTS, int(free * _SHARE) // each))
-    slots = min(slots, rows)
-    needed = decoding_bytes(architecture, slots, tokens, slots, source, itemsize)
-    check_room(needed, slots, tokens, device)
-    return SlotPlan(slots, tokens, source, needed)
+        free, slots = free_bytes(device), max(1, _MOST_ROWS // width)
+        while free is not None and slots > 1 and needed(slots) > free * _SHARE:
+            slots -= 1
+    slots = min(slots, len(texts))
+    check_room(needed(slots), slots * width, first + tokens, device)
+    return SlotPlan(slots, width, tokens, first, min(slots, different), source, needed(slots))
 
 
 class Slots:
@@ -86,114 +117,169 @@ class Slots:
     Args:
         model: has a causal decoder and a language head.
         plan: the sizes.
+        beginning: the tokens that all rows share, as many as the plan says.
 
     Raises:
         LatheError: no memory for the cache.
     """
 
-    def __init__(self, model: Transformer, plan: SlotPlan) -> None:
+    def __init__(self, model: Transformer, plan: SlotPlan, beginning: Sequence[int] = ()) -> None:
         self.model, self.plan = model, plan
         assert model.architecture.decoder is not None
-        spec = model.architecture.decoder.attention
+        spec, how = model.architecture.decoder.attention, {"dtype": model.dtype, "device": model.device}
+        rows = plan.slots * plan.width
         try:
-            self.cache = Cache(model.architecture, plan.slots, plan.tokens, dtype=model.dtype, device=model.device)
-            shape = (plan.slots, spec.kv_heads, plan.source, spec.d_head)
+            self.cache = Cache(model.architecture, rows, plan.tokens, **how)
+            shape = (plan.sources, spec.kv_heads, plan.source, spec.d_head)
             self.cache.memory = [
-                LayerCache(None, *(torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(2)))
-                for _ in self.cache.memory
+                LayerCache(None, *(torch.zeros(shape, **how) for _ in range(2))) for _ in self.cache.memory
             ]
+            if plan.shared:
+                first = Cache(model.architecture, 1, plan.shared, **how)
+                next_logits(model, torch.tensor([list(beginning)], device=model.device), None, first, None)
+                self.cache.begin_with(first)
         except RuntimeError as error:  # what torch raises on every device when memory runs out
             raise LatheError(
-                f"a cache for {plan.slots:,} rows of {plan.tokens:,} tokens does not fit into memory; "
+                f"a cache for {rows:,} rows of {plan.tokens:,} tokens does not fit into memory; "
                 "ask for fewer new tokens, or for fewer slots"
             ) from error
-        self.held: list[list[int]] = [[] for _ in range(plan.slots)]  # whose keys and values each place holds
-        self.sources = [0] * plan.slots  # how long the source of each place's row is
+        # Whose keys and values each row holds after those that all share.
+        self.held: list[list[int]] = [[] for _ in range(rows)]
+        self.sources: list[list[int]] = [[] for _ in range(plan.sources)]  # what is held of the encoder
+        self.reads = [0] * plan.slots  # which of the sources each place's row reads
         self.used = 0
 
-    def longest_prefix(self, tokens: Sequence[int]) -> tuple[int, int]:
-        """How many of the first tokens some place holds, and which; the last token never counts, it has to be read."""
-        if self.cache.memory:
-            return 0, self.used
-        # Where two hold as many, the place that the next row takes comes first: nothing is copied then.
-        order = sorted(range(self.plan.slots), key=lambda place: place != self.used)
-        found = [(shared(self.held[place], tokens), -rank, place) for rank, place in enumerate(order)]
-        length, _, place = max(found)
-        return min(length, len(tokens) - 1), place
+    @property
+    def mapped(self) -> bool:
+        """Whether places may read one source; else each reads the one at its own number."""
+        return self.plan.sources < self.plan.slots
 
-    def take(self, tokens: Sequence[int], length: int, place: int) -> None:
-        """Give the next free place to a row, with the first `length` of its tokens copied from `place`."""
-        if place != self.used:
-            for layer in self.cache.layers:
-                for tensor in layer.read():
-                    tensor[self.used, :, :length] = tensor[place, :, :length]
-        self.held[self.used] = list(tokens[:length])
+    def longest_prefix(self, tokens: Sequence[int]) -> tuple[int, int]:
+        """How many of the first tokens are held, and in which row; the last one never counts, it has to be read."""
+        own, free = tokens[self.plan.shared :], self.used * self.plan.width
+        # Where two hold as many, the row that the next prompt takes comes first: nothing is copied then.
+        order = sorted(range(len(self.held)), key=lambda row: row != free)
+        found = [(shared(self.held[row], own), -rank, row) for rank, row in enumerate(order)]
+        length, _, row = max(found)
+        # Of another source nothing would be the same; a decoder beside an encoder starts from one token anyway.
+        return self.plan.shared + (0 if self.cache.memory else min(length, len(own) - 1)), row
+
+    def holds(self, source: Sequence[int]) -> bool:
+        """Whether a source is there already and may be read by several places."""
+        return self.mapped and list(source) in self.sources
+
+    def take(self, tokens: Sequence[int], length: int, row: int, source: Sequence[int] = ()) -> None:
+        """Give the next free place to a prompt, with the first `length` of its tokens taken from `row`.
+
+        A source that is not there yet is to be given to `read_prompts`.
+        """
+        own, to = tokens[self.plan.shared : length], self.used * self.plan.width
+        if row != to:
+            self._copy(self.cache.layers, slice(row, row + 1), slice(to, to + 1), len(own))
+        self.held[to] = list(own)
+        if source:
+            self.reads[self.used] = self._place_of(list(source))
         self.used += 1
 
+    def _place_of(self, source: list[int]) -> int:
+        """Where a source is held, or from now on is to be held: it is in nobody's place that is in flight."""
+        if not self.mapped:
+            self.sources[self.used] = source
+            return self.used
+        if source in self.sources:
+            return self.sources.index(source)
+        # There are as many places as different sources in flight, this one's included.
+        place = next(place for place in range(self.plan.sources) if place not in self.reads[: self.used])
+        self.sources[place] = source
+        return place
+
     def read_prompts(self, prompts: Sequence[Sequence[int]], sources: Sequence[Sequence[int]] = ()) -> Tensor:
-        """Read what is left of the prompts of the rows that came last; the logits of each one's next token, B × V.
+        """Read what is left of the prompts that took the last places; the logits of each one's next token, B × V.
 
         Args:
-            prompts: whole, of the last rows that took a place.
-            sources: what the encoder reads for each, where there is one.
+            prompts: whole.
+            sources: what the encoder reads for each; none where all of them are held already.
         """
-        first = self.used - len(prompts)
-        rest = [list(prompt[len(self.held[first + row]) :]) for row, prompt in enumerate(prompts)]
+        width, first = self.plan.width, self.used - len(prompts)
+        rows = range(first * width, self.used * width, width)
+        rest = [list(prompt[self.plan.shared + len(self.held[row]) :]) for row, prompt in zip(rows, prompts)]
         ids_BT, mask_BT = self._padded(rest, left=True)
         # The columns of the rest may stand over the shared part of a longer row: what is read ends with the longest.
-        cache = self._part(first, max(map(len, prompts)) - ids_BT.shape[1])
+        longest = max(map(len, prompts)) - self.plan.shared
+        cache = self._part(first, len(prompts), longest - ids_BT.shape[1], every=width)
         memory = None
         if sources:
-            self.sources[first : self.used] = map(len, sources)
             ids_BS, mask_BS = self._padded(sources, left=False)
             with torch.no_grad():
                 memory = self.model.encode(ids_BS, mask_BS)
-            cache.memory = [
-                _Filling(*(tensor[first : self.used] for tensor in layer.read())) for layer in self.cache.memory
-            ]
+            into = self.reads[first : self.used]
+            cache.memory = [_Filling(*layer.read(), into) for layer in self.cache.memory]
+        elif self.cache.memory:
+            memory = self._read_sources(cache, first)
         logits_BV = next_logits(self.model, ids_BT, mask_BT, cache, memory)
-        for row, ids in enumerate(rest):
-            self.held[first + row] += ids
+        for row, ids in zip(rows, rest):
+            self.held[row] += ids
+            for copy in range(row + 1, row + width):
+                self.held[copy] = list(self.held[row])
+            if width > 1:
+                self._copy(self.cache.layers, slice(row, row + 1), slice(row + 1, row + width), len(self.held[row]))
         return logits_BV
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Read one more token of every row in flight; the logits of the one after, B × V."""
-        cache = self._part(0, max(map(len, self.held[: self.used])))
-        memory = None
-        if cache.memory:
-            longest = max(self.sources[: self.used])
-            cache.memory = [
-                LayerCache(None, *(tensor[: self.used, :, :longest] for tensor in layer.read()))
-                for layer in self.cache.memory
-            ]
-            lengths_B = torch.tensor(self.sources[: self.used], device=self.model.device)
-            seen_BS = torch.arange(longest, device=self.model.device) < lengths_B[:, None]
-            # The keys and values are all there, so nothing of the encoder's output is read but its shape.
-            memory = Memory(self._nothing(longest), seen_BS.long())
+        in_flight = self.held[: self.used * self.plan.width]
+        cache = self._part(0, len(in_flight), max(map(len, in_flight)))
+        memory = self._read_sources(cache, 0) if cache.memory else None
         ids_B1 = torch.tensor(tokens, device=self.model.device)[:, None]
         logits_BV = next_logits(self.model, ids_B1, None, cache, memory)
-        for held, token in zip(self.held, tokens):
+        for held, token in zip(in_flight, tokens):
             held.append(token)
         return logits_BV
 
+    def swap(self, rows: Sequence[int]) -> None:
+        """Make row i of those in flight a copy of the old row `rows[i]`, a row of the same place (beams)."""
+        in_flight = self.held[: len(rows)]
+        self._part(0, len(rows), max(map(len, in_flight))).swap(torch.tensor(rows, device=self.model.device))
+        self.held[: len(rows)] = [list(in_flight[row]) for row in rows]
+
     def leave(self, place: int) -> None:
-        """Free a place; the last row in flight moves there. What the last place held stays to be shared."""
+        """Free a place; the last one in flight moves there. What the last place held stays to be shared."""
         self.used -= 1
         if place == self.used:
             return
-        length, source = len(self.held[self.used]), self.sources[self.used]
-        for layers, filled in ((self.cache.layers, length), (self.cache.memory, source)):
-            for layer in layers:
-                for tensor in layer.read():
-                    tensor[place, :, :filled] = tensor[self.used, :, :filled]
-        self.held[place], self.sources[place] = list(self.held[self.used]), source
+        width = self.plan.width
+        here, last = (slice(at * width, (at + 1) * width) for at in (place, self.used))
+        self._copy(self.cache.layers, last, here, max(map(len, self.held[last])))
+        self.held[here] = [list(held) for held in self.held[last]]
+        if self.mapped:
+            self.reads[place] = self.reads[self.used]
+        elif self.cache.memory:
+            length = len(self.sources[self.used])
+            self._copy(self.cache.memory, slice(self.used, self.used + 1), slice(place, place + 1), length)
+            self.sources[place] = self.sources[self.used]
 
-    def _part(self, first: int, filled: int) -> Cache:
-        lengths = [len(held) for held in self.held[first : self.used]]
-        return self.cache.part(first, torch.tensor(lengths, device=self.model.device), filled)
+    def _copy(self, layers: Sequence[LayerCache], rows: slice, to: slice, length: int) -> None:
+        for layer in layers:
+            for tensor in layer.read():
+                tensor[to, :, :length] = tensor[rows, :, :length]
 
-    def _nothing(self, longest: int) -> Tensor:
-        return torch.empty(self.used, longest, 0, dtype=self.model.dtype, device=self.model.device)
+    def _part(self, first: int, count: int, filled: int, every: int = 1) -> Cache:
+        """`count` of the rows from place `first` on."""
+        start = first * self.plan.width
+        lengths = [len(held) for held in self.held[start : start + every * count : every]]
+        return self.cache.part(start, torch.tensor(lengths, device=self.model.device), filled, every)
+
+    def _read_sources(self, cache: Cache, first: int) -> Memory:
+        """Let a part of the cache read the sources of the places from `first` on, which are all there."""
+        reads = self.reads[first : self.used]
+        lengths = [len(self.sources[source]) for source in reads]
+        longest, device = max(lengths), self.model.device
+        where: slice | Tensor = slice(first, self.used) if not self.mapped else torch.tensor(reads, device=device)
+        cache.memory = [_Held(*layer.read(), where, longest) for layer in self.cache.memory]
+        seen_BS = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
+        # Nothing of the encoder's output is read but its shape.
+        nothing = torch.empty(len(reads), longest, 0, dtype=self.model.dtype, device=device)
+        return Memory(nothing, seen_BS.long())
 
     def _padded(self, rows: Sequence[Sequence[int]], *, left: bool) -> tuple[Tensor, Tensor]:
         """Ids, short rows filled up, and a mask; any id serves as a pad that is not read."""
@@ -208,15 +294,28 @@ class Slots:
 class _Filling(LayerCache):
     """Cross-attention's keys and values on their way into rows of a larger tensor; one layer's are held at a time."""
 
-    def __init__(self, k_BGSK: Tensor, v_BGSK: Tensor) -> None:
+    def __init__(self, k_BGSK: Tensor, v_BGSK: Tensor, rows: Sequence[int]) -> None:
         super().__init__()
-        self._into = k_BGSK, v_BGSK
+        self._into, self._rows = (k_BGSK, v_BGSK), torch.tensor(rows, device=k_BGSK.device)
 
     def write(self, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
         """Store them; return them."""
         for into, new in zip(self._into, (k_BGTK, v_BGTK)):
-            into[:, :, : new.shape[2]] = new
+            into[self._rows, :, : new.shape[2]] = new
         return k_BGTK, v_BGTK
+
+
+class _Held(LayerCache):
+    """Rows of cross-attention's keys and values: a slice, or gathered when they are read, one layer's at a time."""
+
+    def __init__(self, k_BGSK: Tensor, v_BGSK: Tensor, rows: slice | Tensor, longest: int) -> None:
+        super().__init__(None, k_BGSK, v_BGSK)
+        self._rows, self._longest = rows, longest
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Of the chosen rows, up to the longest source."""
+        k_BGSK, v_BGSK = (tensor[:, :, : self._longest][self._rows] for tensor in super().read())
+        return k_BGSK, v_BGSK
 
 
 def shared(a: Sequence[int], b: Sequence[int]) -> int:

@@ -95,7 +95,7 @@ def complete_in_turns(
 ) -> list[Completion]:
     """What `complete` gives for any number of prompts, `slots` rows at once: one that ends makes room for the next.
 
-    Args and errors are `complete`'s and those of `lathe.generate.continuous.rows_as_finished`, which has no beams.
+    Args and errors are `complete`'s and those of `lathe.generate.continuous.rows_as_finished`.
     """
     resolved, each = Settings.resolve(model.architecture, settings, stored), _ids(tokenizer, prompts)
     rows = decode_rows(model, each, slots=slots, stored=stored, tokenizer=tokenizer, **settings)
@@ -104,7 +104,7 @@ def complete_in_turns(
         number = row.number // resolved.num_return_sequences
         before = each[number] if model.encoder is None else []
         text = _added(tokenizer, before, row.ids, skip=not keep_special_tokens)
-        texts.append(Completion(prompts[number], text, row.ids, row.ended, row.log_probs, sum(row.log_probs)))
+        texts.append(Completion(prompts[number], text, row.ids, row.ended, row.log_probs, row.score))
     return texts
 
 
@@ -190,9 +190,15 @@ def _ids(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
         raise RequestError("there is no prompt; give at least one text")
     rows = tokenizer.encode_batch(prompts)
     for number, ids in enumerate(rows, start=1):
-        if not ids:
+        if is_empty(tokenizer, prompts[number - 1], ids):
             raise RequestError(f"prompt {number} is {prompts[number - 1]!r} and holds no token; expected some text")
     return rows
+
+
+def is_empty(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> bool:
+    """Whether a text has no token of its own: of `ids`, what it is read as, all were set around it by the tokenizer."""
+    # Nothing sets more than two tokens around a text, so only short ones are looked at again.
+    return not ids or (len(ids) <= 4 and not tokenizer.encode(text, add_special_tokens=False))
 
 
 def _added(tokenizer: Tokenizer, before: list[int], new: list[int], *, skip: bool) -> str:

@@ -67,9 +67,60 @@ def attend_reference(
     """`attend` step by step; also returns the attention weights, B × H × T × S, before dropout."""
     scores_BHTS = _scores(q_BHTK, k_BGSK, mask, bias_BHTS, scale)
     v_BHSK = v_BGSK.repeat_interleave(q_BHTK.shape[1] // v_BGSK.shape[1], dim=1)
-    wide = scores_BHTS.float() if scores_BHTS.dtype in (torch.float16, torch.bfloat16) else scores_BHTS
-    weights_BHTS = wide.softmax(dim=-1).to(q_BHTK.dtype)
+    weights_BHTS = _softmax(scores_BHTS).to(q_BHTK.dtype)
     return F.dropout(weights_BHTS, dropout) @ v_BHSK, weights_BHTS
+
+
+def attend_shared(
+    q_BHTK: Tensor,
+    shared: tuple[Tensor, Tensor],
+    k_BGSK: Tensor,
+    v_BGSK: Tensor,
+    mask: Mask,
+    *,
+    bias_BHTS: Tensor | None = None,
+    scale: float,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """`attend_reference` over keys that all rows share and then each row's own, without a copy of the shared ones.
+
+    To a key that all rows see, the rows are only more queries: one matrix product serves them all and reads it once
+    (Hydragen; Juravsky et al. 2024, §3.1). Scores are joined before the softmax, so the sum is the same.
+
+    Args:
+        shared: keys and values, 1 × G × S' × K; `mask` and `bias_BHTS` count them first.
+    """
+    (batch, heads, length, _), (first_k, first_v) = q_BHTK.shape, shared
+    groups, n_shared = first_k.shape[1:3]
+    # The queries that read one key-value head stand together, those of its row and those of all rows.
+    q_BGNK = q_BHTK.reshape(batch, groups, heads // groups * length, -1)
+    first_BGNS = _rows_apart(_rows_together(q_BGNK) @ first_k[0].transpose(-1, -2), batch)
+    scores_BGNS = torch.cat((first_BGNS, q_BGNK @ k_BGSK.transpose(-1, -2)), dim=-1) * scale
+    scores_BHTS = scores_BGNS.reshape(batch, heads, length, -1)
+    if bias_BHTS is not None:
+        scores_BHTS = scores_BHTS + bias_BHTS
+    allowed = mask.dense(length, scores_BHTS.shape[-1], q_BHTK.device)
+    scores_BHTS = scores_BHTS if allowed is None else hide(allowed, scores_BHTS)
+    weights_BHTS = _softmax(scores_BHTS).to(q_BHTK.dtype)
+    weights_BGNS = F.dropout(weights_BHTS, dropout).reshape(*q_BGNK.shape[:3], -1)
+    first_BGNS, own_BGNS = weights_BGNS.split((n_shared, weights_BGNS.shape[-1] - n_shared), dim=-1)
+    out_BGNK = _rows_apart(_rows_together(first_BGNS) @ first_v[0], batch) + own_BGNS @ v_BGSK
+    return out_BGNK.reshape(q_BHTK.shape), weights_BHTS
+
+
+def _rows_together(x_BGNX: Tensor) -> Tensor:
+    """All rows' vectors of each group as one list, G × B·N × X."""
+    return x_BGNX.transpose(0, 1).flatten(1, 2)
+
+
+def _rows_apart(x_GMX: Tensor, batch: int) -> Tensor:
+    """`_rows_together` undone, B × G × N × X."""
+    return x_GMX.unflatten(1, (batch, -1)).transpose(0, 1)
+
+
+def _softmax(scores_BHTS: Tensor) -> Tensor:
+    wide = scores_BHTS.float() if scores_BHTS.dtype in (torch.float16, torch.bfloat16) else scores_BHTS
+    return wide.softmax(dim=-1)
 
 
 def _scores(q_BHTK: Tensor, k_BGSK: Tensor, mask: Mask, bias_BHTS: Tensor | None, scale: float) -> Tensor:
@@ -126,7 +177,12 @@ class AttentionLayer(nn.Module):
             q_BHTK = _gathered(q_BHTK, sharing)
         drop = self.dropout if self.training else 0.0
         seen: Tensor | None = None
-        if weights:
+        if cache is not None and cache.shared is not None:
+            out_BHTK, seen = attend_shared(
+                q_BHTK, cache.shared, k_BGSK, v_BGSK, mask, bias_BHTS=bias_BHTS, scale=self.scale, dropout=drop
+            )
+            seen = seen if weights else None
+        elif weights:
             out_BHTK, seen = attend_reference(
                 q_BHTK, k_BGSK, v_BGSK, mask, bias_BHTS=bias_BHTS, scale=self.scale, dropout=drop
             )

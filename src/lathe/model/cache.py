@@ -8,6 +8,9 @@ end that no query reads. Only the filled part is read.
 Cross-attention's keys and values never change during generation; `fixed` layers compute them once from
 the encoder's output and serve them from then on. Rows that continue one prompt (beams, several samples)
 read the same ones: `memory` then has a row for each prompt and not for each row.
+
+Where all rows begin with the same tokens, their keys and values can be held once: `begin_with` sets them before
+the rows' own, and attention reads them for all rows at once (`lathe.model.attention.attend_shared`).
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ class LayerCache:
     def __init__(self, owner: Cache | None = None, k_BGSK: Tensor | None = None, v_BGSK: Tensor | None = None) -> None:
         self.owner = owner
         self.k, self.v = k_BGSK, v_BGSK
+        # What every row begins with, 1 × G × S × K each; a query sees it before what `write` returns.
+        self.shared: tuple[Tensor, Tensor] | None = None
 
     @property
     def fixed(self) -> bool:
@@ -79,6 +84,7 @@ class Cache:
                 "a cache needs a decoder, and this architecture is an encoder alone; call it without one"
             )
         self.capacity = slots
+        self.n_shared = 0
         self.lengths_B = torch.zeros(batch, dtype=torch.long, device=device)
         self.rows_B1 = torch.arange(batch, device=device)[:, None]
         self.slots_BT = torch.zeros(batch, 0, dtype=torch.long, device=device)
@@ -96,7 +102,9 @@ class Cache:
         self.memory = [LayerCache() for _ in range(stack.n_layers)] if stack.cross_attention else []
 
     def place(self, new_BT: Tensor | None, n_new: int) -> Tensor:
-        """Give each new token its slot, B × T; a pad gets the spare one.
+        """Give each new token its slot; its position, B × T, which is the slot after what all rows share.
+
+        A pad gets the spare slot.
 
         Args:
             new_BT: 1 for a token, 0 for a pad; None where all are tokens.
@@ -117,7 +125,24 @@ class Cache:
             self._added = new_BT.sum(1)
         # An upper bound kept on the host, so that a GPU is never waited for.
         self.filled += n_new
-        return self.slots_BT
+        return self.slots_BT + self.n_shared if self.n_shared else self.slots_BT
+
+    @property
+    def seen(self) -> int:
+        """The most positions that a query may look at: what all rows share and the filled slots."""
+        return self.n_shared + self.filled
+
+    def begin_with(self, beginning: Cache) -> None:
+        """Let every row begin with what the only row of another cache holds; nothing is copied.
+
+        What is placed from then on stands after it. Raises RequestError where the other has more rows than one.
+        """
+        if len(beginning.lengths_B) != 1:
+            raise RequestError(f"a beginning of {len(beginning.lengths_B)} rows: expected a cache of one row")
+        self.n_shared = beginning.filled
+        for own, other in zip(self.layers, beginning.layers, strict=True):
+            k_1GSK, v_1GSK = other.read()
+            own.shared = k_1GSK[:, :, : self.n_shared], v_1GSK[:, :, : self.n_shared]
 
     def advance(self) -> None:
         """Count the tokens just placed as part of each row."""
@@ -170,23 +195,28 @@ class Cache:
         new_BGSK[:, :, : self.filled] = old_BGSK[rows_B, :, : self.filled]
         return new_BGSK
 
-    def part(self, first: int, lengths_B: Tensor, filled: int) -> Cache:
+    def part(self, first: int, lengths_B: Tensor, filled: int, every: int = 1) -> Cache:
         """Rows from `first` on as a cache of their own, in the same memory; what it reads of an encoder is not set.
 
         Args:
-            lengths_B: how many tokens each of the rows holds already.
+            lengths_B: how many tokens of its own each of the rows holds already.
             filled: the slots that are read before any is added: with the columns to come, at most `capacity`.
+            every: the distance from one of the rows to the next.
         """
-        rows = slice(first, first + len(lengths_B))
+        rows = slice(first, first + every * len(lengths_B), every)
         part = copy.copy(self)
         part.lengths_B, part.filled = lengths_B, filled
         part.rows_B1 = torch.arange(len(lengths_B), device=lengths_B.device)[:, None]
         part.layers = [LayerCache(part, *(tensor[rows] for tensor in layer.read())) for layer in self.layers]
+        for own, layer in zip(part.layers, self.layers):
+            own.shared = layer.shared
         part.memory = [LayerCache() for _ in self.memory]
         return part
 
     @property
     def nbytes(self) -> int:
-        """The bytes that the cache holds."""
+        """The bytes that the cache holds, and those of what all rows share, with its spare slot."""
         tensors = [t for layer in [*self.layers, *self.memory] for t in (layer.k, layer.v) if t is not None]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        beginning = [t for layer in self.layers for t in layer.shared or ()]
+        own = sum(t.numel() * t.element_size() for t in tensors)
+        return own + sum(t.untyped_storage().nbytes() for t in beginning)

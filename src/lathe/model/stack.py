@@ -146,8 +146,8 @@ class TransformerStack(nn.Module):
         length, device = vectors_BTE.shape[1], vectors_BTE.device
         if cache is not None:
             places_BT = cache.place(padding_BT, length)
-            keys_S = torch.arange(cache.filled, device=device)
-            mask = cached_mask(places_BT, cache.filled, self.spec.attention.window)
+            keys_S = torch.arange(cache.seen, device=device)
+            mask = cached_mask(places_BT, cache.seen, self.spec.attention.window)
         else:
             places_BT = keys_S = torch.arange(length, device=device)
             places_BT = places_BT[None]
