@@ -1,17 +1,17 @@
-"""With a draft: the parent's greedy text, the parent's distribution, and rows that do not know of each other."""
+"""With a draft: the parent's greedy text, and rows that do not know of each other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import lathe
 from lathe.errors import RequestError
-from lathe.generate import decode, generate, speculative
+from lathe.generate import decode, generate
+from lathe.generate.stops import StopStrings
+from lathe.text import train_tokenizer
 from tests.generate.models import VOCABULARY, random_model, sampler
 from tests.generate.test_decode import prompts
 
@@ -89,89 +89,35 @@ def test_the_model_as_its_own_draft_is_never_refused() -> None:
         assert found.speculation.passes == 3
 
 
-def sampled(model: lathe.Model, draft: lathe.Model | None, rows: int, **settings: Any) -> Tensor:
-    """Two new tokens of `rows` texts, drawn after one prompt, as one number each."""
-    found = generate(
-        model,
-        torch.tensor([[5, 9, 11]]),
-        max_new_tokens=2,
-        eos_token_id=None,
-        do_sample=True,
-        seed=17,
-        num_return_sequences=rows,
-        draft=draft,
-        **settings,
-    )[:, -2:]
-    return found[:, 0] * VOCABULARY + found[:, 1]
-
-
-def surprise(model: lathe.Model, drawn: Tensor, **settings: Any) -> float:
-    """Pearson's chi-squared of pairs of tokens against the exact distribution, in standard deviations from its mean.
-
-    Pairs expected fewer than 5 times are counted together.
-    """
-    n = len(drawn)
-    first = _filtered(model, torch.tensor([[5, 9, 11]]), **settings)[0]
-    after = torch.cat((torch.tensor([[5, 9, 11]]).expand(VOCABULARY, -1), torch.arange(VOCABULARY)[:, None]), dim=1)
-    expected = n * (first[:, None] * _filtered(model, after, **settings)).flatten()
-    counts = torch.bincount(drawn, minlength=VOCABULARY**2).double()
-    assert counts[expected == 0].sum() == 0
-    common = expected >= 5
-    seen = torch.cat((counts[common], counts[~common].sum()[None]))
-    wanted = torch.cat((expected[common], expected[~common].sum()[None]))
-    seen, wanted = seen[wanted > 0], wanted[wanted > 0]
-    degrees = len(wanted) - 1
-    return float((((seen - wanted) ** 2 / wanted).sum() - degrees) / (2 * degrees) ** 0.5)
-
-
-def _filtered(model: lathe.Model, ids: Tensor, **settings: Any) -> Tensor:
-    """What temperature and top-k leave of the next token's distribution, written out again."""
-    logits = model(ids).logits[:, -1].detach().double() / settings.get("temperature", 1.0)
-    least = logits.topk(settings["top_k"]).values[:, -1:]
-    return logits.masked_fill(logits < least, -torch.inf).softmax(-1)
-
-
-SAMPLING = {"temperature": 1.5, "top_k": 8}
-LIMIT = 5.0
-
-
-@pytest.fixture(scope="module")
-def distributions() -> tuple[lathe.Model, lathe.Model]:
-    model = sampler("gpt2")
-    return model, near(model, 0.15)
-
-
-def test_samples_have_the_parents_distribution(distributions: tuple[lathe.Model, lathe.Model]) -> None:
-    model, draft = distributions
-    assert abs(surprise(model, sampled(model, None, 4000, **SAMPLING), **SAMPLING)) < LIMIT
-    assert abs(surprise(model, sampled(model, draft, 4000, **SAMPLING), **SAMPLING)) < LIMIT
-
-
-def always(p_BV: Tensor, q_BV: Tensor, drafted_B: Tensor, u_B3: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Broken: keeps what the draft says."""
-    keep_B, instead_B = speculative_judge(p_BV, q_BV, drafted_B, u_B3)
-    return torch.ones_like(keep_B), instead_B
-
-
-def from_the_parent(p_BV: Tensor, q_BV: Tensor, drafted_B: Tensor, u_B3: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Broken: what comes in place of a refused token is drawn from p and not from what q left of it."""
-    keep_B, _ = speculative_judge(p_BV, q_BV, drafted_B, u_B3)
-    return keep_B, speculative_judge(p_BV, torch.zeros_like(q_BV), drafted_B, u_B3)[1]
-
-
-speculative_judge = speculative.judge
-
-
-@pytest.mark.parametrize("broken", [always, from_the_parent])
-def test_a_sampler_that_the_draft_biases_would_be_caught(
-    distributions: tuple[lathe.Model, lathe.Model], broken: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, draft = distributions
-    monkeypatch.setattr(speculative, "judge", broken)
-    drawn = sampled(model, draft, 4000, **SAMPLING)
-    counted = torch.bincount(drawn // VOCABULARY, minlength=VOCABULARY).double()
-    first = _filtered(model, torch.tensor([[5, 9, 11]]), **SAMPLING)[0] * 4000
-    assert float(((counted - first)[first > 0] ** 2 / first[first > 0]).sum()) > 100  # of 7 degrees of freedom
+@pytest.mark.parametrize("sampled", [False, True])
+def test_stop_strings_end_a_row_where_they_do_without_a_draft(sampled: bool) -> None:
+    """Anywhere in a drafted run: what was drafted behind the end is no part of the text."""
+    tokenizer = train_tokenizer(["to be or not to be that is the question"] * 20, 270, convention="gpt2")
+    sizes = {"vocab_size": 270, "n_layers": 1, "d_model": 16, "d_ff": 16, "n_heads": 2, "d_head": 8}
+    tokens: dict[str, Any] = {"tokens.eos": [], "tokens.bos": None}
+    model = lathe.Model(lathe.preset("gpt2").with_({**sizes, **tokens}), seed=1, tokenizer=tokenizer).to(torch.float64)
+    ids, mask = torch.tensor([[0, 5, 9], [40, 41, 42]]), torch.tensor([[0, 1, 1], [1, 1, 1]])
+    how: dict[str, Any] = {"max_new_tokens": NEW, "attention_mask": mask}
+    if sampled:
+        how |= {"do_sample": True, "seed": 2}
+    free = decode(model, ids, **how)
+    written = [tokenizer.decode(row, errors="replace") for row in free.sequences_RT[:, 3:].tolist()]
+    for at in (2, 5):
+        stop = next(text for text in (written[0][at : at + 2], written[0][at:]) if "\ufffd" not in text)
+        plain = decode(model, ids, **how, stop_strings=[stop])
+        # The model as its own draft draws other texts than alone, of the same distribution, so those are held apart.
+        for draft in (near(model, 0.05), model):
+            found = decode(model, ids, **how, stop_strings=[stop], draft=draft, num_draft_tokens=5)
+            if not sampled:
+                assert torch.equal(found.sequences_RT, plain.sequences_RT)
+                assert torch.equal(found.ended_R, plain.ended_R)
+            for row, n in enumerate(found.lengths_R.tolist()):
+                new = found.sequences_RT[row, 3 : 3 + n].tolist()
+                # It ends with the token that completes the text and with no earlier one.
+                ends = StopStrings(tokenizer, [stop])
+                done = [ends.completed([*ids[row, 1 - row :].tolist(), *new[: k + 1]]) is not None for k in range(n)]
+                assert done == [False] * (n - 1) + [bool(found.ended_R[row])]
+        assert bool(plain.ended_R.any())
 
 
 @pytest.mark.parametrize(
