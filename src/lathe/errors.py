@@ -15,3 +15,16 @@ class RequestError(LatheError, ValueError):
     """The request itself was wrong (an unknown field, a size that cannot be). Exit code 2."""
 
     exit_code = 2
+
+
+class ExistsError(RequestError):
+    """What is to be written is there already.
+
+    Args:
+        what: is there, and what to do about it, without an end.
+        option: what may be passed in Python to write over it; the command line says what may be done there.
+    """
+
+    def __init__(self, what: str, option: str) -> None:
+        super().__init__(f"{what}, or {option}")
+        self.what = what

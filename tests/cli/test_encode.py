@@ -32,7 +32,7 @@ def test_vectors_are_written_in_the_order_of_the_file(cli, folder: Path) -> None
     torch.testing.assert_close(torch.from_numpy(np.load(out)), expected)
     again = cli("encode", *words)
     assert (again.code, again.out) == (2, "")
-    assert "already exists" in again.err
+    assert again.err.endswith("already exists: choose another name, or remove it\n")
 
 
 def test_labels_are_printed_a_line_each(cli, folder: Path) -> None:

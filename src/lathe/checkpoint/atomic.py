@@ -29,7 +29,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lathe.errors import LatheError, RequestError
+from lathe.errors import ExistsError, LatheError, RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -149,9 +149,9 @@ def _refuse_directory(target: Path, replace: bool) -> None:
             raise RequestError(f"{target} is a file, where a directory is to be written: choose another name")
         return
     if not replace and any(target.iterdir()):
-        raise RequestError(
-            f"{target} already exists and is not empty: choose another directory, or pass replace=True to "
-            "replace all that it holds"
+        raise ExistsError(
+            f"{target} already exists and is not empty: choose another directory",
+            "pass replace=True to replace all that it holds",
         )
     for place in (Path.cwd(), Path(os.environ.get("HOME", os.devnull))):
         if place.resolve().is_relative_to(target):
@@ -162,7 +162,7 @@ def _refuse_file(target: Path, replace: bool) -> None:
     if target.is_dir():
         raise RequestError(f"{target} is a directory, where a file is to be written: choose another name")
     if target.exists() and not replace:
-        raise RequestError(f"{target} already exists: choose another name, or pass replace=True to replace it")
+        raise ExistsError(f"{target} already exists: choose another name", "pass replace=True to replace it")
 
 
 def _make_parents(target: Path) -> list[Path]:

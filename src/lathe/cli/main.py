@@ -23,7 +23,7 @@ import typer
 from typer.core import TyperGroup
 
 from lathe._version import __version__
-from lathe.errors import LatheError, RequestError
+from lathe.errors import ExistsError, LatheError, RequestError
 
 # The verbs, in the order that `lathe --help` lists them, and the module of each.
 VERBS: dict[str, str] = {
@@ -151,6 +151,8 @@ def _take_debug(words: Sequence[str]) -> tuple[list[str], bool]:
 
 def _describe(error: Exception) -> tuple[str, int]:
     """Say what went wrong, and the exit code that goes with it."""
+    if isinstance(error, ExistsError):  # the verbs write over nothing
+        return f"{error.what}, or remove it", error.exit_code
     if isinstance(error, LatheError):
         return str(error), error.exit_code
     if isinstance(error, _UsageError):
