@@ -12,7 +12,7 @@ import torch
 import lathe
 from lathe.blueprint import count
 from lathe.errors import RequestError
-from lathe.report.look import lines, look, write_png
+from lathe.report.look import _fonts, _labels, lines, look, write_png
 from lathe.text import Tokenizer, train_tokenizer
 
 CORPUS = ["the quick brown fox jumps over the lazy dog while seventeen rabbits watch from the garden wall"] * 12
@@ -59,7 +59,7 @@ def test_scores_and_weights_are_the_models_own(name: str, tokenizer: Tokenizer, 
     assert f"modules: {count(model.architecture):,} parameters" in shown
     assert "layer 2, head 2" in shown
     json.dumps(found, allow_nan=False)
-    write_png(found, tmp_path / "look.png")
+    assert write_png(found, tmp_path / "look.png") == []
     assert (tmp_path / "look.png").read_bytes().startswith(b"\x89PNG")
     assert not any(module._forward_pre_hooks for module in model.modules())
 
@@ -91,3 +91,31 @@ def test_bad_requests_are_one_line(tokenizer: Tokenizer) -> None:
             look(model, tokenizer, **given)
     with pytest.raises(RequestError, match="--head 3: expected 1 to 2, the heads of the decoder"):
         list(lines(look(model, tokenizer, "a"), head=3))
+
+
+def test_pieces_that_no_font_writes_are_named_and_drawn_as_their_places(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(["the \U0010fffd fox \uac00"] * 12, 300, convention="t5")
+    model = small("bert-base-uncased", tokenizer)
+    found = look(model, tokenizer, "the \U0010fffd fox")
+    private = [each["piece"] for each in found["tokens"]["encoder"] if "\U0010fffd" in each["piece"]]
+    assert private  # no font has a character there
+    assert write_png(found, tmp_path / "a.png") == private
+    families, unwritten = _fonts(["fox", *private])
+    assert (len(families), unwritten) == (1, private)
+    assert _labels(["fox", *private], private) == ["fox", "·1·"]
+
+
+def test_a_font_that_has_what_the_usual_one_lacks_is_taken() -> None:
+    from matplotlib import font_manager
+
+    here = font_manager.fontManager.ttflist
+    usual = font_manager.get_font(font_manager.findfont(font_manager.FontProperties())).get_charmap().keys()
+    for font in sorted(here, key=lambda font: font.name):
+        if font.style != "normal" or font.weight != 400:
+            continue
+        more = sorted(font_manager.get_font(font.fname).get_charmap().keys() - usual)
+        if more:  # the mathematical fonts that come with matplotlib have some
+            families, unwritten = _fonts([chr(more[0])])
+            assert (len(families), unwritten) == (2, [])
+            return
+    raise AssertionError("every font has the same characters")

@@ -34,10 +34,15 @@ def command(
     found = look(opened, opened.tokenizer, text, target=target, layer=layer)
     shown = list(lines(found, head))
     if out is not None:
-        write_png(found, out.expanduser())
-        say(f"drew {out}")
+        unwritten = write_png(found, out.expanduser())
+        say(f"drew {out}" + (f"; {_without_a_font(unwritten)}" if unwritten else ""))
     if as_json:
         emit_json(found)
         return
     for line in shown:
         write(line)
+
+
+def _without_a_font(pieces: list[str]) -> str:
+    shown = ", ".join(pieces[:4]) + (" …" if len(pieces) > 4 else "")
+    return f"no font here writes {shown}, so their places stand there as ·0·; install one that does (Noto Sans CJK)"

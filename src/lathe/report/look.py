@@ -20,6 +20,7 @@ from torch import Tensor
 from lathe.blueprint import blueprint
 from lathe.errors import RequestError
 from lathe.generate import generate
+from lathe.generate.text import is_empty
 from lathe.model.attention import AttentionLayer
 from lathe.model.transformer import Transformer
 from lathe.text.tokenizer import Tokenizer
@@ -48,7 +49,7 @@ def look(
         RequestError: a text without a token, a layer that is not there, a target without a decoder to read it.
     """
     ids = tokenizer(text)["input_ids"]
-    if not ids.numel():
+    if is_empty(tokenizer, text, ids[0].tolist()):
         raise RequestError(f"--text {text!r} holds no token; expected some text")
     for name, stack in model.architecture.stacks:
         if not 1 <= layer <= stack.n_layers:
@@ -244,8 +245,12 @@ def _held(node: Any) -> int:
     return held
 
 
-def write_png(found: Mapping[str, Any], path: Path) -> None:
-    """Every head's attention weights as a picture, a row of heat maps for each attention."""
+def write_png(found: Mapping[str, Any], path: Path) -> list[str]:
+    """Every head's attention weights as a picture, a row of heat maps for each attention.
+
+    Returns:
+        The pieces that no font of this machine writes; in the picture the places of these tokens stand for them.
+    """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -254,7 +259,9 @@ def write_png(found: Mapping[str, Any], path: Path) -> None:
     columns = max(len(each["weights"]) for each in maps.values())
     longest = max(len(tokens) for tokens in found["tokens"].values())
     each = max(2.4, 0.24 * longest)
-    with matplotlib.rc_context({"font.size": 8}):
+    pieces = {each["piece"]: None for tokens in found["tokens"].values() for each in tokens}
+    families, unwritten = _fonts(list(pieces))
+    with matplotlib.rc_context({"font.size": 8, "font.family": families}):
         figure = Figure(figsize=(each * columns + 1, each * len(maps) + 0.6), layout="constrained")
         FigureCanvasAgg(figure)
         figure.suptitle(
@@ -262,7 +269,7 @@ def write_png(found: Mapping[str, Any], path: Path) -> None:
         )
         grid = figure.subplots(len(maps), columns, squeeze=False)
         for row, (name, kind) in enumerate(maps.items()):
-            queries, keys = (_labels(side) for side in sides(found, name))
+            queries, keys = (_labels(side, unwritten) for side in sides(found, name))
             for number, axes in enumerate(grid[row]):
                 if number >= len(kind["weights"]):
                     axes.set_axis_off()
@@ -272,11 +279,29 @@ def write_png(found: Mapping[str, Any], path: Path) -> None:
                 axes.set_xticks(range(len(keys)), keys, rotation=90)
                 axes.set_yticks(range(len(queries)), queries if number == 0 else [""] * len(queries))
         figure.savefig(path, format="png", dpi=120, metadata={"Software": None})
+    return unwritten
 
 
-def _labels(pieces: list[str]) -> list[str]:
-    """The pieces, or the place of one that the picture's font cannot write."""
-    from matplotlib.font_manager import FontProperties, findfont, get_font
+def _fonts(pieces: list[str]) -> tuple[list[str], list[str]]:
+    """Matplotlib's own font and others of this machine that write the characters it lacks; and the pieces left."""
+    from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 
-    known = get_font(findfont(FontProperties())).get_charmap()
-    return [each if all(ord(c) in known for c in each) else str(place) for place, each in enumerate(pieces)]
+    default = findfont(FontProperties())
+    families = [get_font(default).family_name]
+    missing = {ord(c) for piece in pieces for c in piece} - get_font(default).get_charmap().keys()
+    # In the order of their names, so that the same machine draws the same picture.
+    for font in sorted(fontManager.ttflist, key=lambda font: (font.name, font.fname)):
+        if not missing:
+            break
+        if font.style != "normal" or font.weight not in (400, "normal", "regular") or font.name in families:
+            continue
+        known = missing & get_font(font.fname).get_charmap().keys()
+        if known:
+            families.append(font.name)
+            missing -= known
+    return families, [piece for piece in pieces if missing & set(map(ord, piece))]
+
+
+def _labels(pieces: list[str], unwritten: list[str]) -> list[str]:
+    """The pieces, or the place of one that cannot be written, between dots so that it is no piece of digits."""
+    return [f"·{place}·" if each in unwritten else each for place, each in enumerate(pieces)]
