@@ -1,0 +1,9 @@
+"""The parts of `benchmarks.generate`: Lathe's inference side by side with its peers on a CPU.
+
+`shapes` are the models and what a step reads of them, `rows` the contestants, `by_…` one library each,
+`bandwidth` the machine's limit, `worker` the process that one contestant lives in and `pool` its parent's side,
+`rounds` the measuring, `checks` whether all compute the same, `startup` new processes, `table` what is printed.
+
+A worker may run in an environment that has neither torch nor Lathe, so `base`, `worker` and the peers' modules
+import nothing of the kind at their top.
+"""
