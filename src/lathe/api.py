@@ -31,6 +31,7 @@ from lathe.spec import plain
 from lathe.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from lathe.export.job import Exported
     from lathe.planner import Plan
     from lathe.reshape import Step
     from lathe.reshape.budget import BudgetPlan
@@ -203,6 +204,26 @@ class Model(Transformer):
         from lathe.planner import plan
 
         return plan(self.architecture, **changes)
+
+    def export(
+        self, path: str | Path, *, to: str, kind: str | None = None, body: bool = False, name: str | None = None
+    ) -> Exported:
+        """Write the model and its tokenizer for another program, and run it there; see `lathe.export.job.export`.
+
+        Args:
+            path: a file that ends in .gguf, or a directory; it must not exist.
+            to: `gguf` (llama.cpp), `ctranslate2`, or `onnx` (encoders).
+            kind: the type of the weights; the format's first where left out.
+            body: leave the token head and the classifier out.
+            name: what the file calls the model; the path's last part where left out.
+
+        Raises:
+            RequestError: what the format cannot hold, a package that is missing, a path that exists.
+            LatheError: the program computes something else; nothing is left behind.
+        """
+        from lathe.export.job import export
+
+        return export(self, path, to=to, kind=kind, body=body, tokenizer=self.tokenizer, name=name)
 
     def to_transformers(self) -> Any:
         """The same model as an object of stock `transformers`, with copies of the weights.

@@ -39,11 +39,13 @@ class Kind:
     """A type that a format can store weights in.
 
     Args:
+        bits: how many a weight takes, scales included.
         limit: how far the outputs may be from the model's, as a share of their own spread (`compare.Difference`).
             Tensors at a wrong place, or a wrong activation, are beyond every limit here.
     """
 
     name: str
+    bits: float
     limit: float
 
 

@@ -8,6 +8,8 @@ lose most by it, and llama.cpp's own tool gives the head more bits as well.
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +47,15 @@ def write(source: Source, kind: Kind, place: Path) -> list[str]:
         short |= chosen == "f16" and kind.name.startswith("q")
         qtype = gguf.GGMLQuantizationType[chosen.upper()]
         writer.add_tensor(name, gguf.quants.quantize(tensor.contiguous().numpy(), qtype), raw_dtype=qtype)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    except OSError as error:
+        if error.errno is None:  # how numpy says that the disk took a part of an array
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place)) from error
+        raise
     said = [*notes(source.architecture), *words.notes]
     if short:
         said.append(f"matrices whose rows are no multiple of {_BLOCK} long are float16")
@@ -98,7 +105,7 @@ def check(source: Source, kind: Kind, place: Path) -> Checked:
 FORMAT = Format(
     name="gguf",
     program="llama.cpp",
-    kinds=(Kind("f16", 2e-2), Kind("f32", 1e-2), Kind("q8_0", 0.1), Kind("q4_0", 0.7)),
+    kinds=(Kind("f16", 16, 2e-2), Kind("f32", 32, 1e-2), Kind("q8_0", 8.5, 0.1), Kind("q4_0", 4.5, 0.7)),
     directory=False,
     suffix=".gguf",
     writer=(Package("gguf", "gguf"),),

@@ -31,10 +31,14 @@ YES_NO = (False, True)
 # Parts of a layer, ours to theirs; several of ours are concatenated.
 Parts = Mapping[tuple[str, ...], str]
 
-_ATTENTION = {("attention.q",): "attn_q", ("attention.k",): "attn_k", ("attention.v",): "attn_v"}
-_FEED_FORWARD = {("feed_forward.gate",): "ffn_gate", ("feed_forward.up",): "ffn_up", ("feed_forward.down",): "ffn_down"}
-_PRE_NORM = {("attention.norm",): "attn_norm", ("feed_forward.norm",): "ffn_norm"}
-_CROSS = {(f"cross_attention.{part}",): f"cross_attn_{part}" for part in ("q", "k", "v", "o", "norm")}
+_ATTENTION: Parts = {("attention.q",): "attn_q", ("attention.k",): "attn_k", ("attention.v",): "attn_v"}
+_FEED_FORWARD: Parts = {
+    ("feed_forward.gate",): "ffn_gate",
+    ("feed_forward.up",): "ffn_up",
+    ("feed_forward.down",): "ffn_down",
+}
+_PRE_NORM: Parts = {("attention.norm",): "attn_norm", ("feed_forward.norm",): "ffn_norm"}
+_CROSS: Parts = {(f"cross_attention.{part}",): f"cross_attn_{part}" for part in ("q", "k", "v", "o", "norm")}
 
 _T5_PARTS: Parts = {**_PRE_NORM, **_ATTENTION, ("attention.o",): "attn_o", **_FEED_FORWARD, **_CROSS}
 _LLAMA_PARTS: Parts = {**_PRE_NORM, **_ATTENTION, ("attention.o",): "attn_output", **_FEED_FORWARD}

@@ -71,7 +71,7 @@ def export(
     """Write a model as a file of another program, and run it there.
 
     Args:
-        model: the model; an active adapter is folded in.
+        model: the model; an active adapter is folded in, and codes of a quantised one are made numbers first.
         path: where it goes: a file for gguf, a directory for ctranslate2 and onnx. It must not exist.
         to: gguf, ctranslate2 or onnx.
         kind: the type of the weights, of those that the format has; its first where left out.
@@ -94,7 +94,8 @@ def export(
         raise RequestError(f"{form.name} cannot hold this model: {'; '.join(reasons)}")
     source = _source(model, architecture, tokenizer, name or target.stem)
     absent = missing(form.runtime)
-    with _place(target, form) as place:
+    least = int(sum(tensor.numel() for tensor in source.tensors.values()) * chosen.bits / 8)
+    with _place(target, form, least) as place:
         notes = form.write(source, chosen, place)
         checked = None if absent else _checked(form, source, chosen, place)
         nbytes = sum(
@@ -140,21 +141,14 @@ def require_ready(path: str | Path, to: str, kind: str | None) -> None:
 
 def _source(model: Transformer, architecture: Architecture, tokenizer: Tokenizer | None, name: str) -> Source:
     ours = folded_tensors(model)
-    tensors = {}
-    for parameter in stored(architecture):
-        tensor = ours.get(parameter.name)
-        if tensor is None or not tensor.is_floating_point():
-            raise RequestError(
-                f"{parameter.name} is quantised: export the model from before that, and say which type the file's "
-                "weights are to have"
-            )
-        tensors[parameter.name] = tensor.detach().to("cpu", torch.float32).contiguous()
+    tensors = {p.name: ours[p.name].to("cpu", torch.float32).contiguous() for p in stored(architecture)}
     return Source(architecture, tensors, tokenizer, name)
 
 
 @contextmanager
-def _place(target: Path, form: Format) -> Iterator[Path]:
-    with atomic_directory(target) if form.directory else atomic_file(target) as place:
+def _place(target: Path, form: Format, nbytes: int) -> Iterator[Path]:
+    made = atomic_directory(target, nbytes=nbytes) if form.directory else atomic_file(target, nbytes=nbytes)
+    with made as place:
         yield place
 
 

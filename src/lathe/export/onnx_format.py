@@ -172,7 +172,7 @@ def _widened(wanted: list[Tensor], found: list[Tensor]) -> tuple[list[Tensor], l
 FORMAT = Format(
     name="onnx",
     program="ONNX Runtime",
-    kinds=(Kind("float32", 1e-3),),
+    kinds=(Kind("float32", 32, 1e-3),),
     directory=True,
     suffix="",
     writer=(Package("onnx", "onnx"), Package("onnxscript", "onnxscript")),
