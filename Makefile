@@ -28,17 +28,19 @@ OUT ?= runs/results
 THREADS ?= 1
 
 BIN := $(VENV)/bin
+# optimum-intel needs an older transformers than the other peers, so OpenVINO has an environment of its own.
+OPENVINO := $(VENV)-openvino/bin/python
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 VERSION_OF = -c 'import sys; print("%d.%d" % sys.version_info[:2])'
 export PYTHONUTF8 := 1
 
 # Two targets at once would be two pips in one environment.
 .NOTPARALLEL:
-.PHONY: help quickstart test lint format bench bench-train results clean FORCE
+.PHONY: help quickstart test lint format bench bench-train bench-generate bench-openvino results clean FORCE
 
 help: ## List the targets
 	@echo "Lathe cuts transformer language models to size. Targets:"
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
 
 quickstart: $(VENV)/.stamp-run ## Train a small model, cut it, heal it, measure it (FAMILY=gpt2)
 	@$(BIN)/lathe quickstart $(if $(FAMILY),--family $(FAMILY)) $(ARGS)
@@ -62,6 +64,15 @@ bench: $(VENV)/.stamp-test ## Measure Lathe side by side with its peers (ARGS=".
 bench-train: $(VENV)/.stamp-test ## Measure training beside transformers.Trainer (DATA=folder of the reviews)
 	$(BIN)/python -m benchmarks.train --data "$(DATA)" $(ARGS)
 
+bench-generate: $(VENV)/.stamp-bench ## Measure inference beside its peers (ARGS="--quick --shapes llama")
+	$(BIN)/python -m benchmarks.generate $(if $(wildcard $(OPENVINO)),--openvino "$(abspath $(OPENVINO))") $(ARGS)
+
+bench-openvino: $(VENV)/.stamp-venv ## Make the environment in which bench-generate finds OpenVINO
+	@test -e $(OPENVINO) || $(BIN)/python -m venv $(VENV)-openvino
+	@$(OPENVINO) -m pip --disable-pip-version-check install --quiet --no-compile "$(TORCH)" "optimum-intel[openvino]"
+	@# One of its packages asks for torchvision, which does not go with every build of torch and is not used here.
+	@$(OPENVINO) -m pip --disable-pip-version-check uninstall --quiet --yes torchvision
+
 results: $(VENV)/.stamp-results ## Rerun a work of docs/results.md (WORK=sentiment DATA=folder)
 	@test -f results/$(WORK).sh || { echo "make: WORK=$(WORK) is none of" results/*.sh >&2; exit 1; }
 	@test -d "$(DATA)" || { echo "make: DATA=$(DATA) is no folder; give the one that holds the texts" >&2; exit 1; }
@@ -70,7 +81,7 @@ results: $(VENV)/.stamp-results ## Rerun a work of docs/results.md (WORK=sentime
 		OMP_NUM_THREADS=$(THREADS) sh "$(CURDIR)/results/$(WORK).sh"
 
 clean: ## Remove the environment, the caches and what was built
-	rm -rf $(VENV) build dist quickstart .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-openvino build dist quickstart .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # PYTHON and TORCH count whenever they are given, not only when the environment is made.
@@ -78,7 +89,7 @@ ifneq ($(origin PYTHON),file)
 $(VENV)/.stamp-venv: FORCE
 endif
 ifneq ($(origin TORCH),file)
-$(VENV)/.stamp-run $(VENV)/.stamp-test $(VENV)/.stamp-lint $(VENV)/.stamp-results: FORCE
+$(VENV)/.stamp-run $(VENV)/.stamp-test $(VENV)/.stamp-lint $(VENV)/.stamp-results $(VENV)/.stamp-bench: FORCE
 endif
 
 $(VENV)/.stamp-venv:
@@ -99,8 +110,10 @@ $(VENV)/.stamp-run: PACKAGES = .
 $(VENV)/.stamp-test: PACKAGES = .[test]
 $(VENV)/.stamp-lint: PACKAGES = .[lint]
 $(VENV)/.stamp-results: PACKAGES = .[results]
+$(VENV)/.stamp-bench: PACKAGES = .[bench]
 # Modules are compiled as they are first imported: compiling all of them here would take longer than the rest.
-$(VENV)/.stamp-run $(VENV)/.stamp-test $(VENV)/.stamp-lint $(VENV)/.stamp-results: $(VENV)/.stamp-venv pyproject.toml
+$(VENV)/.stamp-run $(VENV)/.stamp-test $(VENV)/.stamp-lint $(VENV)/.stamp-results $(VENV)/.stamp-bench: \
+		$(VENV)/.stamp-venv pyproject.toml
 	@echo "Installing $(PACKAGES) with $(TORCH) into $(VENV) (a minute or more the first time)"
 	@$(PIP) --no-compile "$(TORCH)" --editable "$(PACKAGES)"
 	@touch $@
