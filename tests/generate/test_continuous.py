@@ -246,6 +246,31 @@ def test_a_source_of_several_rows_is_encoded_and_held_once(
         assert row.ids == alone.ids
 
 
+def test_sources_that_come_often_are_encoded_once_with_fewer_places_than_sources_too() -> None:
+    model, encoded = model_of("bart"), []
+    with pytest.MonkeyPatch.context() as patch:
+        encode = model.encode
+        patch.setattr(model, "encode", lambda ids, mask: encoded.append(len(ids)) or encode(ids, mask))
+        texts = [[5, 6, 7]] * 4 + [[8, 9]] * 4 + [[10]] * 4
+        rows = decode_rows(model, texts, slots=2, max_new_tokens=4)
+    assert sum(encoded) == 3
+    for at in (0, 4, 8):
+        (alone,) = decode_rows(model, texts[at : at + 1], max_new_tokens=4)
+        assert [row.ids for row in rows[at : at + 4]] == [alone.ids] * 4
+
+
+def test_more_samples_than_the_memory_holds_are_refused_before_anything_is_drawn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def drawn(*_: Any, **__: Any) -> None:
+        raise AssertionError("numbers were drawn")
+
+    monkeypatch.setattr("lathe.generate.continuous.numbers", drawn)
+    monkeypatch.setattr("lathe.generate.memory.free_bytes", lambda _: 1000)
+    with pytest.raises(RequestError, match="a cache for 100 rows of 5 tokens does not fit into memory"):
+        decode_rows(model_of("gpt2"), [[5, 6]], slots=100, max_new_tokens=4, do_sample=True, num_return_sequences=100)
+
+
 def test_samples_of_a_source_read_it_once() -> None:
     model = model_of("t5")
     with Reads(model) as reads:

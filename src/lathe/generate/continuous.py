@@ -101,17 +101,20 @@ def rows_as_finished(
     resolved = resolve_settings(model, settings, stored)
     if slots is not None and slots < 1:
         raise RequestError(f"slots={slots}: expected at least 1")
-    waiting = _waiting(model, prompts, resolved)
+    found = _prompts(model, prompts, resolved)
+    copies = resolved.num_return_sequences if resolved.num_beams == 1 else 1
     plan = plan_slots(
         model.architecture,
-        [(row.text, row.max_new) for row in waiting],
-        [row.source for row in waiting if row.source],
+        [(each.text, each.max_new) for each in found],
+        [each.source for each in found if each.source],
+        copies=copies,
         slots=slots,
         width=resolved.num_beams,
         itemsize=model.dtype.itemsize,
         device=model.device,
     )
-    stops, longest = stop_strings(model, tokenizer, resolved), max(row.max_new for row in waiting)
+    stops, longest = stop_strings(model, tokenizer, resolved), max(each.max_new for each in found)
+    waiting = _waiting(found, resolved, copies, longest, model.device)
 
     def begin() -> _Batch:
         places = Slots(model, plan, waiting[0].text[: plan.shared])
@@ -127,37 +130,62 @@ def _run(model: Transformer, begin: Callable[[], _Batch]) -> Iterator[Row]:
         yield from begin().run()
 
 
-def _waiting(model: Transformer, prompts: Sequence[Sequence[int]], settings: Settings) -> deque[Flight]:
-    """A row for every sample of every prompt, or for its beams, after refusing what cannot be decoded."""
+@dataclass(frozen=True)
+class _Start:
+    """What the rows of one prompt start with."""
+
+    prompt: Prompt
+    read: Prompt | None  # by the encoder
+    max_new: int
+
+    @property
+    def text(self) -> list[int]:
+        ids: list[int] = self.prompt.ids_BT[0].tolist()
+        return ids
+
+    @property
+    def source(self) -> list[int]:
+        ids: list[int] = [] if self.read is None else self.read.ids_BT[0].tolist()
+        return ids
+
+
+def _prompts(model: Transformer, prompts: Sequence[Sequence[int]], settings: Settings) -> list[_Start]:
+    """The prompts, after refusing what cannot be decoded."""
     if not prompts:
         raise RequestError("there is no prompt; give at least one row of token ids")
-    found: list[tuple[Prompt, Prompt | None, int]] = []
+    found: list[_Start] = []
     for number, ids in enumerate(prompts):
         given = torch.tensor([list(ids)], dtype=torch.long)
         vocab_size = model.architecture.embedding.vocab_size
         read = make_prompt(f"prompt {number + 1}", given, torch.ones_like(given), settings, vocab_size, model.device)
         if model.encoder is None:
-            found.append((read, None, room(read, settings, model.architecture)))
+            found.append(_Start(read, None, room(read, settings, model.architecture)))
             continue
         first = settings.decoder_start_token_id
         token = first if first is not None else settings.bos_token_id
         begun = start(1, "decoder_start_token_id", token, model.device)
-        found.append((begun, read, room(begun, settings, model.architecture)))
-    beams, longest = settings.num_beams, max(max_new for _, _, max_new in found)
-    copies, each = (settings.num_return_sequences, 1) if beams == 1 else (1, candidates(settings))
+        found.append(_Start(begun, read, room(begun, settings, model.architecture)))
+    return found
+
+
+def _waiting(
+    found: Sequence[_Start], settings: Settings, copies: int, longest: int, device: torch.device
+) -> deque[Flight]:
+    """A row for every sample of every prompt, or for its beams."""
     u_BN = None
     if settings.do_sample:
-        u_BN = numbers(settings, len(found), longest * each, model.device, copies=copies)
+        count = longest * (1 if settings.num_beams == 1 else candidates(settings))
+        u_BN = numbers(settings, len(found), count, device, copies=copies)
     return deque(
         Flight(
             number * copies + copy,
-            prompt.ids_BT[0].tolist(),
-            [] if source is None else source.ids_BT[0].tolist(),
-            max_new,
-            History.of(prompt, prompt.columns, max_new, source, copies=beams),
+            each.text,
+            each.source,
+            each.max_new,
+            History.of(each.prompt, each.prompt.columns, each.max_new, each.read, copies=settings.num_beams),
             None if u_BN is None else u_BN[number * copies + copy],
         )
-        for number, (prompt, source, max_new) in enumerate(found)
+        for number, each in enumerate(found)
         for copy in range(copies)
     )
 

@@ -56,6 +56,7 @@ class SlotPlan:
         shared: the first tokens of all prompts, held once; 0 where that is not worth it.
         sources: how many different sources are held; 0 without an encoder.
         source: tokens of each at most.
+        mapped: whether places may read one source; else each reads the one at its own number.
         n_bytes: of the cache and of one step's logits.
     """
 
@@ -65,6 +66,7 @@ class SlotPlan:
     shared: int
     sources: int
     source: int
+    mapped: bool
     n_bytes: int
 
 
@@ -73,6 +75,7 @@ def plan_slots(
     texts: Sequence[tuple[Sequence[int], int]],
     sources: Sequence[Sequence[int]] = (),
     *,
+    copies: int = 1,
     slots: int | None,
     width: int = 1,
     itemsize: int,
@@ -81,8 +84,9 @@ def plan_slots(
     """How many of the rows that wait go at once, and the bytes that they take.
 
     Args:
-        texts: what each row starts with and how many tokens are added to it at most.
-        sources: what the encoder reads for each, where there is one.
+        texts: what each prompt's rows start with and how many tokens are added to it at most.
+        sources: what the encoder reads for each prompt, where there is one.
+        copies: rows of each prompt that are decoded by themselves (samples).
         slots: as many, or as there are rows if these are fewer; None: as many as half of the free memory holds,
             at most 64 rows.
         width: rows that each takes.
@@ -93,7 +97,8 @@ def plan_slots(
     # The first and the last in order differ first. A row's last token has to be read by itself, for its logits.
     prompts = [tuple(text) for text, _ in texts]
     alike = min(shared(min(prompts), max(prompts)), min(map(len, prompts)) - 1)
-    several = (len(texts) > 1 and slots != 1) or width > 1
+    rows = len(texts) * copies
+    several = (rows > 1 and slots != 1) or width > 1
     first = alike if several and alike >= _WORTH_SHARING else 0
     tokens = max(len(text) + max_new - 1 for text, max_new in texts) - first
     different, source = len({tuple(each) for each in sources}), max(map(len, sources), default=0)
@@ -106,9 +111,11 @@ def plan_slots(
         free, slots = free_bytes(device), max(1, _MOST_ROWS // width)
         while free is not None and slots > 1 and needed(slots) > free * _SHARE:
             slots -= 1
-    slots = min(slots, len(texts))
+    slots = min(slots, rows)
     check_room(needed(slots), slots * width, first + tokens, device)
-    return SlotPlan(slots, width, tokens, first, min(slots, different), source, needed(slots))
+    # Gathering costs every step something, and is worth it where memory or about half of the encoding is saved.
+    mapped = bool(sources) and (different < slots or 2 * different <= rows)
+    return SlotPlan(slots, width, tokens, first, min(slots, different), source, mapped, needed(slots))
 
 
 class Slots:
@@ -149,11 +156,6 @@ class Slots:
         self.reads = [0] * plan.slots  # which of the sources each place's row reads
         self.used = 0
 
-    @property
-    def mapped(self) -> bool:
-        """Whether places may read one source; else each reads the one at its own number."""
-        return self.plan.sources < self.plan.slots
-
     def longest_prefix(self, tokens: Sequence[int]) -> tuple[int, int]:
         """How many of the first tokens are held, and in which row; the last one never counts, it has to be read."""
         own, free = tokens[self.plan.shared :], self.used * self.plan.width
@@ -166,7 +168,7 @@ class Slots:
 
     def holds(self, source: Sequence[int]) -> bool:
         """Whether a source is there already and may be read by several places."""
-        return self.mapped and list(source) in self.sources
+        return self.plan.mapped and list(source) in self.sources
 
     def take(self, tokens: Sequence[int], length: int, row: int, source: Sequence[int] = ()) -> None:
         """Give the next free place to a prompt, with the first `length` of its tokens taken from `row`.
@@ -183,7 +185,7 @@ class Slots:
 
     def _place_of(self, source: list[int]) -> int:
         """Where a source is held, or from now on is to be held: it is in nobody's place that is in flight."""
-        if not self.mapped:
+        if not self.plan.mapped:
             self.sources[self.used] = source
             return self.used
         if source in self.sources:
@@ -251,7 +253,7 @@ class Slots:
         here, last = (slice(at * width, (at + 1) * width) for at in (place, self.used))
         self._copy(self.cache.layers, last, here, max(map(len, self.held[last])))
         self.held[here] = [list(held) for held in self.held[last]]
-        if self.mapped:
+        if self.plan.mapped:
             self.reads[place] = self.reads[self.used]
         elif self.cache.memory:
             length = len(self.sources[self.used])
@@ -274,7 +276,7 @@ class Slots:
         reads = self.reads[first : self.used]
         lengths = [len(self.sources[source]) for source in reads]
         longest, device = max(lengths), self.model.device
-        where: slice | Tensor = slice(first, self.used) if not self.mapped else torch.tensor(reads, device=device)
+        where: slice | Tensor = slice(first, self.used) if not self.plan.mapped else torch.tensor(reads, device=device)
         cache.memory = [_Held(*layer.read(), where, longest) for layer in self.cache.memory]
         seen_BS = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
         # Nothing of the encoder's output is read but its shape.
