@@ -8,6 +8,7 @@ smaller.save("my-t5-384")
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Iterable, Mapping
@@ -493,6 +494,9 @@ def heal(
     if history is not None:
         history = history.with_unknown(model, tokenizer) if history.was_changed(model) else history
         before = logits_of(model, history.reading.ids(model, tokenizer), both=is_two_sided(model))
+        shown = history.reading.settings
+        if asked.length is None and shown is not None:  # rows as long as the cut was fitted on
+            asked = dataclasses.replace(asked, length=shown.length)
     documents = healing_text(asked, tokenizer, None if history is None else history.reading)
     batches = endless(documents, asked.text, model.architecture, tokenizer)
     place = None if folder is None else Path(folder)

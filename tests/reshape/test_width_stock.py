@@ -20,6 +20,7 @@ FAMILIES = {
     "bart": ("bart-base", None, {"max_positions": 32}, "AutoModelForSeq2SeqLM"),
     "mbart": ("mbart-large-cc25", None, {"max_positions": 32}, "AutoModelForSeq2SeqLM"),
     "bert": ("bert-base-uncased", "masked", {"max_positions": 32}, "AutoModelForMaskedLM"),
+    "electra": ("electra-small", "masked", {"max_positions": 32, "d_embed": 12}, "AutoModelForMaskedLM"),
     "albert": ("albert-base", "masked", {"max_positions": 32, "d_embed": 12}, "AutoModelForMaskedLM"),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lathe.errors import RequestError
@@ -13,6 +14,7 @@ from lathe.reshape.budget_cost import BudgetSettings
 from lathe.reshape.budget_trial import RowsProbe, TextProbe
 from lathe.reshape.calibrate import Batch
 from lathe.reshape.job import Job, with_sizes
+from lathe.reshape.row_length import best_length
 from lathe.reshape.text import TextSettings, read_documents
 from lathe.reshape.vocabulary import settings_ids
 from lathe.text.tokenizer import Tokenizer
@@ -90,6 +92,7 @@ def plan_for(
         fitted, held = read_documents(text, tokenizer, apart=True)
         if not held:
             raise RequestError(f"{calibrate} is too short to fit on it and to measure on it; give more text")
+        text = replace(text, length=best_length(model, fitted, text, tokenizer).positions)
         probe = TextProbe(model, tokenizer, fitted, held, text, text, tokens=settings.tokens)
     else:
         probe = RowsProbe(model, calibrate)

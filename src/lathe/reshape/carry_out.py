@@ -106,6 +106,9 @@ class Work:
             reading,
         )
         self._logits = logits_of(self.model, reading.ids(self.model, self.tokenizer), both=is_two_sided(self.model))
+        if job.rows:
+            self.history.facts["rows"] = job.rows
+            reporter.say(f"rows {job.rows}")
         if before is not None:
             reporter.say(f"{source.name}: {parameters_of(self.model):,} parameters, loss {before.loss:.4f}")
 
@@ -273,8 +276,9 @@ def healing_text(settings: HealSettings, tokenizer: Tokenizer, reading: Reading 
     documents, _ = read_documents(settings.text, tokenizer, apart=False)
     if reading is None or reading.apart is None:
         return documents
-    apart = set(reading.apart.texts)
-    return Documents.of(text for text in documents.texts if text not in apart)
+    apart = set(reading.apart.records)
+    kept = [record for record in documents.records if record not in apart]
+    return Documents.of_records(kept, pairs=documents.targets is not None)
 
 
 def healed_step(steps: int, tokens: int) -> Step:

@@ -7,6 +7,7 @@ What is left is then fitted to its parent, whatever the method (`lathe.reshape.r
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from lathe.architecture import Architecture
 from lathe.errors import RequestError
 from lathe.reshape.calibrate import Moments, moments, unit
 from lathe.reshape.heads import narrow_heads
-from lathe.reshape.operation import Context, Operation, Run, plain
+from lathe.reshape.operation import Context, Operation, Run, by_stack, plain
 from lathe.reshape.refit import refit
 from lathe.reshape.state import State, Step
 from lathe.reshape.transform import loudest_directions, onto_table, refit_transform, transform_rows
@@ -28,13 +29,7 @@ _OUTPUT = "head.language.output.weight"
 
 def plan_heads(done: Architecture, target: Architecture) -> list[Operation]:
     """An operation for each stack whose heads become narrower."""
-    operations = []
-    for name, stack in done.stacks:
-        wanted = dict(target.stacks)[name].attention.d_head
-        if wanted < stack.attention.d_head:
-            run = plain(narrow_heads, name, wanted)
-            operations.append(Operation({f"{name}.attention.d_head": wanted}, run))
-    return operations
+    return by_stack(done, target, "attention.d_head", partial(plain, narrow_heads), grows=False)
 
 
 def plan_width(

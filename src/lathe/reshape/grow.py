@@ -14,6 +14,7 @@ adds nothing to the stream. Only pre-norm stacks have a stream that a layer can 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch import Tensor
 from lathe.architecture import Architecture
 from lathe.blueprint import stored
 from lathe.errors import RequestError
-from lathe.reshape.operation import Operation, drawing, plain
+from lathe.reshape.operation import Operation, Run, by_stack, drawing, plain
 from lathe.reshape.state import State, Step
 
 _WEAKEST = 0.02  # the deviation of new weights beside a matrix that is all zeros
@@ -35,13 +36,7 @@ def drawn(beside: Tensor, shape: tuple[int, ...], generator: torch.Generator) ->
 
 def plan_feed_forward(done: Architecture, target: Architecture) -> list[Operation]:
     """An operation for each stack whose feed-forward becomes wider."""
-    operations = []
-    for name, stack in done.stacks:
-        wanted = dict(target.stacks)[name].feed_forward.d_ff
-        if wanted > stack.feed_forward.d_ff:
-            run = drawing(widen_feed_forward, name, wanted)
-            operations.append(Operation({f"{name}.feed_forward.d_ff": wanted}, run))
-    return operations
+    return by_stack(done, target, "feed_forward.d_ff", partial(drawing, widen_feed_forward), grows=True)
 
 
 def widen_feed_forward(state: State, stack_name: str, d_ff: int, *, generator: torch.Generator) -> tuple[State, Step]:
@@ -64,14 +59,12 @@ def widen_feed_forward(state: State, stack_name: str, d_ff: int, *, generator: t
 
 def plan_depth(done: Architecture, target: Architecture) -> list[Operation]:
     """An operation for each stack that becomes deeper."""
-    operations = []
-    for name, stack in done.stacks:
-        wanted = dict(target.stacks)[name].n_layers
-        if wanted > stack.n_layers:
-            _require_free_layers(done, name, wanted)
-            run = plain(deepen, name, wanted)
-            operations.append(Operation({f"{name}.n_layers": wanted}, run))
-    return operations
+
+    def run(name: str, wanted: int) -> Run:
+        _require_free_layers(done, name, wanted)
+        return plain(deepen, name, wanted)
+
+    return by_stack(done, target, "n_layers", run, grows=True)
 
 
 def _require_free_layers(architecture: Architecture, name: str, n_layers: int) -> None:

@@ -12,6 +12,7 @@ Rotary positions turn single pairs of channels, so their q and k cannot be rewri
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lathe.architecture import Attention
@@ -45,12 +46,17 @@ def narrow_heads(state: State, stack_name: str, d_head: int) -> tuple[State, Ste
 
 
 def split_product(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors of `left @ rightᵀ` with `rank` columns each, the singular values split evenly."""
+    """Factors of `left @ rightᵀ` with `rank` columns each, the singular values split evenly.
+
+    Heads may be wider than what they read, and then the product has a lower rank than asked: the rest is zeros.
+    """
     left_q, left_r = torch.linalg.qr(left)
     right_q, right_r = torch.linalg.qr(right)
-    u, s, vh = torch.linalg.svd(left_r @ right_r.T)
+    u, s, vh = torch.linalg.svd(left_r @ right_r.T, full_matrices=False)
     root = s[:rank].sqrt()
-    return left_q @ (u[:, :rank] * root), right_q @ (vh[:rank].T * root)
+    factors = left_q @ (u[:, :rank] * root), right_q @ (vh[:rank].T * root)
+    missing = rank - len(root)
+    return F.pad(factors[0], (0, missing)), F.pad(factors[1], (0, missing))
 
 
 def _narrow_scores(state: State, prefix: str, spec: Attention, rank: int) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from lathe.checkpoint.save import save_checkpoint
 from lathe.data.batches import Batches
 from lathe.errors import RequestError
 from lathe.model.transformer import Transformer
-from lathe.reshape.text import TextSettings
+from lathe.reshape.text import TextSettings, require_pair
 from lathe.spec import Spec, share, size
 from lathe.text.tokenizer import Tokenizer
 from lathe.train.distil import Distillation
@@ -48,8 +48,12 @@ class HealSettings(Spec):
     seed: int = size(2**32 - 1, least=0, default=0)
     stages: int | None = size(2, default=None)  # two where more than half of an axis goes, else one
     save_every: int = size(2**40, default=100)  # steps
+    source: str | None = None  # of pairs: the column that is read
+    target: str | None = None  # and the column that is written
+    prefix: str = ""  # what stands before each source
 
     def check(self) -> None:
+        require_pair(self)
         if not 0.0 <= self.weight <= 1.0:
             raise RequestError(f"weight={self.weight}: expected the parent's share, 0 to 1")
         for name in ("lr", "temperature"):
@@ -69,6 +73,9 @@ class HealSettings(Spec):
             length=self.length,
             rows=self.rows,
             seed=self.seed,
+            source=self.source,
+            target=self.target,
+            prefix=self.prefix,
         )
 
     @property

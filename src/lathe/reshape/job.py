@@ -45,6 +45,7 @@ from lathe.reshape.recipe import (
 )
 from lathe.reshape.request import ResizeRequest
 from lathe.reshape.resize import is_vocabulary, planned
+from lathe.reshape.row_length import best_length
 from lathe.reshape.spill import Tensors
 from lathe.reshape.stages import half_way
 from lathe.reshape.stream import StreamedTransformer, weights_of
@@ -119,6 +120,7 @@ class Job:
         used: the text of a file that it is made from.
         batches: the text to fit on where it was given as token ids.
         parent: the recipe by which a source in memory was made.
+        rows: why rows of text are shorter than the model has room for.
     """
 
     request: ResizeRequest
@@ -134,6 +136,7 @@ class Job:
     used: Documents | None = None
     batches: Sequence[Batch] = ()
     parent: Recipe | None = None
+    rows: str = ""
 
     @property
     def target(self) -> Architecture:
@@ -501,4 +504,21 @@ def _with_text(
         if expected is not None and used is not None:
             noted = expected.recipe.vocabulary or {}
             require_same(str(request.vocabulary.file), str(noted.get("sha256")), used.digest)
-    return Job(request, source, digest, stages, fitted, held, apart, expected, vocabulary=vocabulary, used=used)
+    job = Job(request, source, digest, stages, fitted, held, apart, expected, vocabulary=vocabulary, used=used)
+    return job if expected is not None else _with_rows(job)
+
+
+def _with_rows(job: Job) -> Job:
+    """The job with one length of rows for each of its texts that was not given any."""
+    request, source = job.request, job.source
+    settings, documents = request.calibrate or request.data, job.fitted or job.held
+    if settings is None or documents is None or source.tokenizer is None:
+        return job
+    found = best_length(source.model, documents, settings, source.tokenizer, request.objective)
+    texts = {name: each for name in ("calibrate", "data", "heal") if (each := getattr(request, name)) is not None}
+    same = {name: replace(each, length=each.length or found.positions) for name, each in texts.items()}
+    stages = tuple(
+        {"heal": replace(stage["heal"], length=stage["heal"].length or found.positions)} if "heal" in stage else stage
+        for stage in job.stages
+    )
+    return replace(job, request=replace(request, **same), stages=stages, rows=found.told)

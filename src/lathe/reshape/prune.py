@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from lathe.errors import RequestError
 from lathe.model.transformer import Transformer
 from lathe.reshape.calibrate import Batch, listening, token_rows
 from lathe.reshape.grow_heads import prefixes
-from lathe.reshape.operation import Operation, measured, plain
+from lathe.reshape.operation import Operation, by_stack, measured, plain
 from lathe.reshape.spill import Tensors
 from lathe.reshape.state import State, Step
 from lathe.reshape.stream import blank, run_text
@@ -168,13 +169,7 @@ def _refitted(
 
 def plan_feed_forward(done: Architecture, target: Architecture) -> list[Operation]:
     """An operation for each stack whose feed-forward becomes narrower."""
-    operations = []
-    for name, stack in done.stacks:
-        wanted = dict(target.stacks)[name].feed_forward.d_ff
-        if wanted < stack.feed_forward.d_ff:
-            run = measured(prune_feed_forward, name, wanted)
-            operations.append(Operation({f"{name}.feed_forward.d_ff": wanted}, run))
-    return operations
+    return by_stack(done, target, "feed_forward.d_ff", partial(measured, prune_feed_forward), grows=False)
 
 
 def prune_feed_forward(

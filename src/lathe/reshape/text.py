@@ -4,6 +4,9 @@ A file is anything that `lathe.data.read` opens. What a model is shown of it is 
 objective follows from its stacks and its head, and masks or corrupts the text as the training did, because the
 statistics of unmasked text are not those that the model runs on.
 
+A model that answers, translates or summarises was trained on pairs: `source` and `target` name their columns, `prefix`
+the words that stand before each source, and what the decoder is shown are the targets.
+
 Documents are drawn at random, as the seed says, until there are enough tokens: files are often sorted. Where no other
 text is given to measure on, every tenth of them is kept apart for that and fits nothing. The text is known by the
 SHA-256 of the documents that were used.
@@ -16,8 +19,8 @@ import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+from itertools import chain, islice
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -40,6 +43,7 @@ _MOST_CHARACTERS = 200_000_000  # of a file, among which documents are drawn
 _TOO_LONG = 0.8  # a document is cut where less than this share of it is still needed
 _APART_EVERY = 10  # of the documents, where one file has to serve for both
 _LONGEST_ROW = 256
+_PAIR = ("source", "target")
 _MOST_UNREAD = 0.5  # of the tokens
 
 
@@ -54,6 +58,45 @@ class TextSettings(Spec):
     length: int | None = size(2**24, least=8, default=None)  # positions of a row; 256, or what the model has
     rows: int = size(2**20, default=16)  # in a batch
     seed: int = size(2**32 - 1, least=0, default=0)  # of what the objective hides
+    source: str | None = None  # of pairs: the column that is read
+    target: str | None = None  # and the column that is written
+    prefix: str = ""  # what stands before each source
+
+    def check(self) -> None:
+        require_pair(self)
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """What is read of each record: name to column."""
+        if self.source is None or self.target is None:
+            return {"text": self.field}
+        return {"source": self.source, "target": self.target}
+
+
+class Paired(Protocol):
+    """Settings that may name the columns of pairs."""
+
+    field: str
+    source: str | None
+    target: str | None
+    prefix: str
+
+
+def require_pair(given: Paired) -> None:
+    """Refuse half of a pair.
+
+    Raises:
+        RequestError: a source without a target or the other way round, a prefix or a text's column beside them.
+    """
+    if (given.source is None) != (given.target is None):
+        raise RequestError(f"source={given.source} and target={given.target}: pairs have both; give the other, too")
+    if given.source is None and given.prefix:
+        raise RequestError(f"prefix={given.prefix!r}: it stands before the source of a pair; give source and target")
+    if given.source is not None and given.field != "text":
+        raise RequestError(f"field={given.field} beside source={given.source}: a pair has no text of its own; give one")
+
+
+Record = tuple[str, ...]  # a text; or a source and its target
 
 
 @dataclass(frozen=True)
@@ -61,21 +104,39 @@ class Documents:
     """Some documents of a source, as text.
 
     Args:
-        texts: in the source's order.
+        texts: in the source's order; of pairs, their sources.
         digest: the SHA-256 of them all.
+        targets: of pairs.
     """
 
     texts: tuple[str, ...]
     digest: str
+    targets: tuple[str, ...] | None = None
 
     @classmethod
-    def of(cls, texts: Iterable[str]) -> Documents:
-        """Documents with their digest."""
-        kept = tuple(texts)
+    def of(cls, texts: Iterable[str], targets: Iterable[str] | None = None) -> Documents:
+        """Documents, or pairs, with their digest."""
+        kept, wanted = tuple(texts), None if targets is None else tuple(targets)
         hashed = hashlib.sha256()
-        for text in kept:
+        for text in (*kept, *(wanted or ())):
             hashed.update(json.dumps(text).encode("ascii") + b"\n")
-        return cls(kept, hashed.hexdigest())
+        return cls(kept, hashed.hexdigest(), wanted)
+
+    @classmethod
+    def of_records(cls, records: Sequence[Record], *, pairs: bool) -> Documents:
+        """The same from records."""
+        return cls.of((each[0] for each in records), [each[1] for each in records] if pairs else None)
+
+    @property
+    def records(self) -> list[Record]:
+        """Each text; of pairs, source and target."""
+        return list(zip(self.texts)) if self.targets is None else list(zip(self.texts, self.targets, strict=True))
+
+    def corpus(self, tokenizer: Tokenizer) -> Corpus:
+        """Their token ids."""
+        columns = {"text": self.texts} if self.targets is None else {"source": self.texts, "target": self.targets}
+        encoded = {name: tokenizer.encode_batch(list(each), add_special_tokens=False) for name, each in columns.items()}
+        return Corpus.of(tokenizer.vocab_size, **encoded)
 
     @property
     def known(self) -> dict[str, Any]:
@@ -126,18 +187,20 @@ def read_documents(settings: TextSettings, tokenizer: Tokenizer, *, apart: bool)
     Raises:
         RequestError: no such file or column, text that is not UTF-8 or that the tokenizer cannot read.
     """
-    drawn = iter(_drawn(settings))
-    used: list[str] = []
-    held: list[str] = []
+    drawn, pairs = iter(_drawn(settings)), settings.source is not None
+    used: list[Record] = []
+    held: list[Record] = []
     tokens, number, unread = 0, 0, 0
     while tokens < settings.tokens and (group := list(islice(drawn, _DOCUMENTS_AT_ONCE))):
-        for text, ids in zip(group, tokenizer.encode_batch(group, add_special_tokens=False)):
+        sides = [tokenizer.encode_batch(list(side), add_special_tokens=False) for side in zip(*group, strict=True)]
+        for record, ids in zip(group, (list(chain(*each)) for each in zip(*sides, strict=True)), strict=True):
             number += 1
             if apart and number % _APART_EVERY == 0:
-                held.append(text)
+                held.append(record)
             elif tokens < settings.tokens:
                 unread += ids.count(tokenizer.unk_id) if tokenizer.unk_id is not None else 0
-                used.append(_cut(text, (settings.tokens - tokens) / max(len(ids), 1)))
+                share = (settings.tokens - tokens) / max(len(ids), 1)
+                used.append(record if pairs else (_cut(record[0], share),))  # half of a pair is none
                 tokens += len(ids)
     if unread > _MOST_UNREAD * tokens:
         raise RequestError(
@@ -145,21 +208,24 @@ def read_documents(settings: TextSettings, tokenizer: Tokenizer, *, apart: bool)
             "text in the model's own language and script"
         )
     if apart and used and not held:
-        used, held = _split(used)
-    return Documents.of(used), Documents.of(held)
+        used, held = (used[:-1] or used, used[1:][-1:]) if pairs else _split(used)
+    return Documents.of_records(used, pairs=pairs), Documents.of_records(held, pairs=pairs)
 
 
-def _drawn(settings: TextSettings) -> list[str]:
+def _drawn(settings: TextSettings) -> list[Record]:
     """The documents of the file, or of its beginning where it is very large, in an order that the seed says."""
-    texts: list[str] = []
+    records: list[Record] = []
     characters = 0
-    for record in read(settings.file, fields={"text": settings.field}, format=settings.format):
-        texts.append(record["text"])
-        characters += len(record["text"])
+    for found in read(settings.file, fields=settings.columns, format=settings.format):
+        first, *rest = found.values()
+        if rest and not first.strip():  # a pair that reads nothing
+            continue
+        records.append((settings.prefix + first, *rest))
+        characters += sum(map(len, found.values()))
         if characters > _MOST_CHARACTERS:
             break
-    random.Random(settings.seed).shuffle(texts)
-    return texts
+    random.Random(settings.seed).shuffle(records)
+    return records
 
 
 def _cut(text: str, share: float) -> str:
@@ -171,14 +237,14 @@ def _cut(text: str, share: float) -> str:
     return text[: place if place > 0 else end]
 
 
-def _split(texts: list[str]) -> tuple[list[str], list[str]]:
+def _split(texts: list[Record]) -> tuple[list[Record], list[Record]]:
     """Few documents, and the last tenth of the longest one apart from them; none apart where that is no text."""
-    longest = max(range(len(texts)), key=lambda number: len(texts[number]))
-    text = texts[longest]
+    longest = max(range(len(texts)), key=lambda number: len(texts[number][0]))
+    (text,) = texts[longest]
     place = text.rfind(" ", 0, len(text) - len(text) // _APART_EVERY)
     if place < 1 or not text[place:].strip():
         return texts, []
-    return [*texts[:longest], text[:place], *texts[longest + 1 :]], [text[place + 1 :]]
+    return [*texts[:longest], (text[:place],), *texts[longest + 1 :]], [(text[place + 1 :],)]
 
 
 @dataclass(frozen=True)
@@ -222,17 +288,14 @@ def lay(
     Raises:
         RequestError: text too short for a row, or an objective that does not fit the model.
     """
-    made = natural_objective(architecture, tokenizer, asked)
-    encoded = tokenizer.encode_batch(list(documents.texts), add_special_tokens=False)
-    tokens, n_bytes = sum(map(len, encoded)), sum(len(text.encode()) for text in documents.texts)
     length = row_length(settings, architecture)
+    made = _objective(documents, length, architecture, tokenizer, asked)
+    corpus = documents.corpus(tokenizer)
+    tokens, n_bytes = corpus.n_tokens, sum(len(text.encode()) for record in documents.records for text in record)
     if made is None:
         shown = list(_unlabelled(documents.texts, settings.rows, length, architecture, tokenizer))
         return Text(documents, shown, None, length, tokens, n_bytes, None)
-    batches = Batches(
-        Corpus.of(tokenizer.vocab_size, text=encoded), made, length=length, rows=settings.rows, seed=settings.seed
-    )
-    batches.fit(architecture)
+    batches = _batches(corpus, made, length, settings, architecture)
     predicted = None
     if isinstance(made, Causal):
         predicted = tokens + (len(batches.pieces) if made.special.eos is not None else 0)
@@ -251,16 +314,37 @@ def endless(
     Raises:
         RequestError: a model that predicts no token; as `lay` otherwise.
     """
-    made = natural_objective(architecture, tokenizer, asked)
+    length = row_length(settings, architecture)
+    made = _objective(documents, length, architecture, tokenizer, asked)
     if made is None:
         raise RequestError("this model predicts no tokens, so text alone cannot heal it; train it with lathe train")
-    corpus = Corpus.of(
-        tokenizer.vocab_size, text=tokenizer.encode_batch(list(documents.texts), add_special_tokens=False)
-    )
-    length = row_length(settings, architecture)
-    batches = Batches(corpus, made, length=length, rows=settings.rows, seed=settings.seed)
+    return _batches(documents.corpus(tokenizer), made, length, settings, architecture)
+
+
+def _batches(
+    corpus: Corpus, made: Objective, length: int, settings: TextSettings, architecture: Architecture
+) -> Batches:
+    wide = {"target_length": length} if tuple(made.reads) == _PAIR else {}
+    batches = Batches(corpus, made, length=length, rows=settings.rows, seed=settings.seed, **wide)
     batches.fit(architecture)
     return batches
+
+
+def _objective(
+    documents: Documents,
+    length: int,
+    architecture: Architecture,
+    tokenizer: Tokenizer,
+    asked: Mapping[str, Any] | None,
+) -> Objective | None:
+    """What the model is asked on these documents; pairs are their own question, and are shortened to a row."""
+    if documents.targets is None:
+        return natural_objective(architecture, tokenizer, asked)
+    if asked:
+        raise RequestError(f"objective={asked.get('name')} beside source and target: pairs are seq2seq; leave it out")
+    made = objective("seq2seq", special_tokens(tokenizer, architecture), max_source=length, max_target=length)
+    made.fit(architecture)
+    return made
 
 
 def row_length(settings: TextSettings, architecture: Architecture) -> int:
@@ -296,8 +380,8 @@ def natural_objective(
     made.fit(architecture)
     if tuple(made.reads) != ("text",):
         raise RequestError(
-            f"the objective {made.name} reads {', '.join(made.reads)}; a cut is measured on plain text, so choose "
-            "causal, masked, span_corruption or denoising"
+            f"the objective {made.name} reads {', '.join(made.reads)}, and this is plain text; choose causal, masked, "
+            "span_corruption or denoising, or name the columns of pairs: calibrate.source=en calibrate.target=ko"
         )
     return made
 
