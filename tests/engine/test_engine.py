@@ -121,7 +121,7 @@ def test_a_cache_goes_from_one_to_the_other(
     vocab_size = architecture.embedding.vocab_size
     mask_BT = torch.tensor(MASKS[pads])
     ids_BT = torch.randint(0, vocab_size, (3, 7), generator=generator)
-    readers = [engine, model, copy.deepcopy(model).double()]
+    readers: list[Any] = [engine, model, copy.deepcopy(model).double()]
     caches = [Cache(architecture, 3, 12, dtype=reader.dtype) for reader in readers]
     memories: list[Memory | None] = [None, None, None]
     if model.encoder is not None:

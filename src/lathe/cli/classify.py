@@ -12,6 +12,7 @@ def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A classifier's directory, or a hub id.")],
     file: Annotated[Path, typer.Option("--file", help="A UTF-8 file, one text a line.")],
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the CPU unless given.")] = None,
+    engine: Annotated[str, typer.Option(help="What computes: native (compiled, CPU), torch, or auto.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, all probabilities in it.")] = False,
 ) -> None:
     """Print each text's likeliest label and its probability, in the order of the file."""
@@ -23,7 +24,7 @@ def command(
     from lathe.text.corpus import read_lines
 
     texts = [line.rstrip("\r\n") for line in read_lines(file)]
-    found = lathe.classify(lathe.load(model, device=_device(device)), texts)
+    found = lathe.classify(lathe.load(model, device=_device(device)), texts, engine=engine)
     if as_json:
         emit_json({"model": model, "texts": [asdict(each) for each in found]})
         return

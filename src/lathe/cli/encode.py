@@ -18,6 +18,7 @@ def command(
         str, typer.Option(help="mean of a text's tokens, its first token, or the model's pooled.")
     ] = "mean",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the CPU unless given.")] = None,
+    engine: Annotated[str, typer.Option(help="What computes: native (compiled, CPU), torch, or auto.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object about what was written.")] = False,
 ) -> None:
     """Write the vectors of texts, in the order of the file."""
@@ -38,7 +39,7 @@ def command(
     texts = [line.rstrip("\r\n") for line in read_lines(file)]
     opened = lathe.load(model, device=_device(device))
     with atomic_file(out.expanduser()) as part:  # refuses a file that is there before anything is computed
-        vectors_ND = lathe.encode(opened, texts, chosen)
+        vectors_ND = lathe.encode(opened, texts, chosen, engine=engine)
         with part.open("wb") as stream:
             np.save(stream, vectors_ND.numpy())
     say(f"wrote {len(vectors_ND):,} vectors of {vectors_ND.shape[1]:,} numbers to {out}")

@@ -61,6 +61,9 @@ def command(
     num_draft_tokens: Annotated[int | None, typer.Option(help="How many tokens --draft proposes at once; 4.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="Put this adapter on the model: its directory.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the CPU unless given.")] = None,
+    engine: Annotated[
+        str, typer.Option(help="What computes: native (compiled, CPU), torch, or auto; the tokens are the same.")
+    ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, log-probabilities included.")] = False,
 ) -> None:
     """Write text with a model that has a tokenizer beside it."""
@@ -91,10 +94,10 @@ def command(
         raise RequestError("--draft writes all prompts in one batch; leave out --stream, --explain and --slots")
     if draft is not None:
         drafted = 4 if num_draft_tokens is None else num_draft_tokens
-        _run_drafted(model, adapter, draft, drafted, prompts, settings, special_tokens, device, as_json)
+        _run_drafted(model, adapter, draft, drafted, prompts, settings, special_tokens, device, engine, as_json)
         return
     turns = file is not None and not explain
-    _run(model, adapter, prompts, settings, special_tokens, stream, explain, device, as_json, turns, slots)
+    _run(model, adapter, prompts, settings, special_tokens, stream, explain, device, engine, as_json, turns, slots)
 
 
 def _settings(words: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,6 +137,7 @@ def _run(
     stream: bool,
     explain: bool,
     device: str | None,
+    engine: str,
     as_json: bool,
     turns: bool,
     slots: int | None,
@@ -147,11 +151,12 @@ def _run(
         raise RequestError(f"{name} has no tokenizer; put its tokenizer's files beside its weights")
     settings = _complete_settings(model, settings)
     if stream:
-        _stream(model, prompts[0], settings, special_tokens)
+        _stream(model, prompts[0], {"engine": engine, **settings}, special_tokens)
         return
     explanation = Explanation(model.tokenizer) if explain else None
     started = time.perf_counter()
     common: dict[str, Any] = {"stored": model.generation, "keep_special_tokens": special_tokens, **settings}
+    common["engine"] = engine
     if turns:
         found = complete_in_turns(model, model.tokenizer, prompts, slots=slots, **common)
     else:
@@ -191,6 +196,7 @@ def _run_drafted(
     settings: dict[str, Any],
     special_tokens: bool,
     device: str | None,
+    engine: str,
     as_json: bool,
 ) -> None:
     """Write with a draft, and once more without it, so that what it saves is measured and not guessed."""
@@ -202,6 +208,7 @@ def _run_drafted(
         raise RequestError(f"{name} has no tokenizer; put its tokenizer's files beside its weights")
     tokenizer, settings = model.tokenizer, _complete_settings(model, settings)
     common: dict[str, Any] = {"stored": model.generation, "keep_special_tokens": special_tokens, **settings}
+    common["engine"] = engine
 
     def timed(**more: Any) -> tuple[list[Completion], float]:
         started = time.perf_counter()

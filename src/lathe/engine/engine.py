@@ -26,9 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from lathe.architecture import Architecture
-from lathe.engine import layout, native
-from lathe.engine.pack import Unsupported
-from lathe.engine.program import Program
+from lathe.engine import layout
+from lathe.engine.program import Program, Programs
 from lathe.errors import RequestError
 from lathe.model.cache import Cache, LayerCache
 from lathe.model.mask import drop_if_full
@@ -49,6 +48,7 @@ class Engine:
             are rounded too, each by its own largest magnitude.
         threads: how many compute; None for as many as PyTorch uses, asked at each call.
         instructions: the instruction set, for tests; None for the best of the machine.
+        programs: of this model, where they are there already.
 
     Raises:
         RequestError: an unknown precision, or fewer than one thread.
@@ -68,6 +68,7 @@ class Engine:
         *,
         threads: int | None = None,
         instructions: str | None = None,
+        programs: Programs | None = None,
     ) -> None:
         if precision not in PRECISIONS:
             raise RequestError(f"precision={precision!r}: expected one of {', '.join(PRECISIONS)}")
@@ -75,18 +76,10 @@ class Engine:
             raise RequestError(f"threads={threads}: expected at least 1")
         self.model, self.precision, self.threads = model, precision, threads
         self.fallbacks: Counter[str] = Counter()
-        self.reason: str | None = None
-        self._encoder = self._decoder = None
-        try:
-            _check_modules(model)
-            packing = self._threads()
-            native.library()
-            if model.encoder is not None:
-                self._encoder = Program(model, model.encoder, precision, instructions, packing)
-            if model.decoder is not None:
-                self._decoder = Program(model, model.decoder, precision, instructions, packing)
-        except (Unsupported, native.NoLibrary) as error:
-            self.reason = str(error)
+        if programs is None:
+            programs = Programs.of(model, precision, instructions, self._threads())
+        self.reason = programs.reason
+        self._encoder, self._decoder = programs.encoder, programs.decoder
 
     @property
     def native(self) -> bool:
@@ -219,6 +212,8 @@ class Engine:
             return "a row has pads between its tokens"
         if cache is not None and cache.layers[0].read()[0].dtype != torch.float32:
             return "the cache is not float32"
+        if getattr(cache, "n_shared", 0):
+            return "the rows share their beginning"
         if cache is None and self.model.head.token == "first" and padded is not None and not bool(padded[:, 0].all()):
             return "a pooler reads a pad"
         if self._encoder is not None and self._decoder is not None:
@@ -358,15 +353,6 @@ class _Given:
             program.stack.input.check_length(cache.slots_BT.clamp(max=reach - 1))
         else:
             program.stack.input.check_length(torch.tensor([[reach - 1]]))
-
-
-def _check_modules(model: Transformer) -> None:
-    """Raise Unsupported where calling a module does more than its forward."""
-    for name, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise Unsupported(f"{name or 'the model'} has a hook, which only the modules run")
-        if "parametrizations" in module._modules:
-            raise Unsupported(f"{name} has a parametrisation, which only the modules compute")
 
 
 def _unbroken(mask_BT: Tensor) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from lathe.architecture import ACTIVATIONS
 from lathe.engine import layout, pack
 from lathe.engine.layout import AttentionShape, Embed, Linear, Norm, Op, Spec
-from lathe.engine.native import Handle
+from lathe.engine.native import Handle, NoLibrary, library
 from lathe.engine.pack import Unsupported
 from lathe.model.attention import AttentionLayer
 from lathe.model.block import Layer
@@ -32,6 +33,32 @@ from lathe.model.stack import TransformerStack
 from lathe.model.transformer import Transformer
 
 _LEAST_TABLE = 64
+
+
+@dataclass(frozen=True)
+class Programs:
+    """A model's stacks, ready to run; or the reason why there is no program of them.
+
+    They hold the weights that they read and not the model, so they may be kept beside it as long as it lives.
+    """
+
+    encoder: Program | None = None
+    decoder: Program | None = None
+    reason: str | None = None
+
+    @classmethod
+    def of(cls, model: Transformer, precision: str, instructions: str | None, threads: int) -> Programs:
+        """Of a model; what `Program` is given."""
+        try:
+            library()
+            _check_modules(model)
+            both = [
+                None if stack is None else Program(model, stack, precision, instructions, threads)
+                for stack in (model.encoder, model.decoder)
+            ]
+        except (Unsupported, NoLibrary) as error:
+            return cls(reason=str(error))
+        return cls(*both)
 
 
 class Program:
@@ -320,6 +347,15 @@ class _Draft:
         pointers = weight.data_ptr(), None if bias is None else bias.data_ptr()
         self.norms.append(Norm(int(isinstance(module, RMSNorm)), len(weight), module.eps, *pointers))
         return len(self.norms) - 1
+
+
+def _check_modules(model: Transformer) -> None:
+    """Raise Unsupported where calling a module does more than its forward."""
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise Unsupported(f"{name or 'the model'} has a hook, which only the modules run")
+        if "parametrizations" in module._modules:
+            raise Unsupported(f"{name} has a parametrisation, which only the modules compute")
 
 
 def _activation(model: Transformer) -> str:

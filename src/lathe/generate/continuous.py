@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from lathe.engine import Engine
+from lathe.engine.choose import reader
 from lathe.errors import RequestError
 from lathe.generate.beams import candidates
 from lathe.generate.decode import evaluating, resolve_settings, stop_strings
@@ -82,6 +84,7 @@ def rows_as_finished(
     slots: int | None = None,
     stored: Mapping[str, Any] | None = None,
     tokenizer: Tokenizer | None = None,
+    engine: str | Engine = "auto",
     **settings: Any,
 ) -> Iterator[Row]:
     """Each row as it finishes; closing the iterator ends the work.
@@ -93,12 +96,13 @@ def rows_as_finished(
             where left out, at most 64 rows.
         stored: the settings that came with the model; `settings` go before them.
         tokenizer: what `stop_strings` are looked for with; the model's own where it has one.
+        engine: what computes the passes, as for `generate`.
         settings: as for `lathe.generate.generate`, each row as if it were alone: `max_length` counts its own tokens.
 
     Raises:
         RequestError: what `generate` refuses, more slots than the memory holds; before any row is decoded.
     """
-    resolved = resolve_settings(model, settings, stored)
+    resolved, through = resolve_settings(model, settings, stored), reader(model, engine)
     if slots is not None and slots < 1:
         raise RequestError(f"slots={slots}: expected at least 1")
     found = _prompts(model, prompts, resolved)
@@ -117,7 +121,7 @@ def rows_as_finished(
     waiting = _waiting(found, resolved, copies, longest, model.device)
 
     def begin() -> _Batch:
-        places = Slots(model, plan, waiting[0].text[: plan.shared])
+        places = Slots(through, plan, waiting[0].text[: plan.shared])
         if resolved.num_beams > 1:
             return _Batch(waiting, BeamsInTurn(places, resolved, stops, longest))
         return _Batch(waiting, OneInTurn(places, resolved, stops))

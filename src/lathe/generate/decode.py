@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lathe.engine import Engine
+from lathe.engine.choose import Reader, reader
 from lathe.errors import RequestError
 from lathe.generate.beams import search
 from lathe.generate.prompt import Prompt, make_prompt, room, start, with_start
@@ -64,6 +66,7 @@ def generate(
     tokenizer: Tokenizer | None = None,
     draft: Transformer | None = None,
     num_draft_tokens: int = 4,
+    engine: str | Engine = "auto",
     **settings: Any,
 ) -> Tensor:
     """Token ids, laid out as `transformers` lays them out.
@@ -83,6 +86,8 @@ def generate(
         draft: a smaller model with the same vocabulary that proposes tokens; it changes the speed and not the
             distribution of the text (`lathe.generate.speculative`).
         num_draft_tokens: how many it proposes at once.
+        engine: what computes the passes: `auto`, `native`, `torch`, or an `Engine` of the model
+            (`lathe.engine.choose`); the tokens are the same.
         settings: the fields of `Settings`, as `max_new_tokens=40, num_beams=4` or `do_sample=True, top_p=0.9, seed=0`.
 
     Returns:
@@ -109,6 +114,7 @@ def generate(
         tokenizer=tokenizer,
         draft=draft,
         num_draft_tokens=num_draft_tokens,
+        engine=engine,
         **settings,
     )
     return found.sequences_RT
@@ -126,6 +132,7 @@ def decode(
     draft: Transformer | None = None,
     num_draft_tokens: int = 4,
     watch: Watch | None = None,
+    engine: str | Engine = "auto",
     **settings: Any,
 ) -> Decoded:
     """What `generate` does, with the log-probabilities and the scores beside the ids.
@@ -148,11 +155,14 @@ def decode(
         if watch is not None:
             raise RequestError("a draft's steps cannot be watched: rows are at different tokens; leave one of them out")
     with torch.no_grad(), evaluating(model):
-        task, prompt = _prepare(model, *given, resolved, tokenizer)
+        task, prompt = _prepare(model, engine, *given, resolved, tokenizer)
         if draft is not None:
             with evaluating(draft):
-                same = replace(resolved, max_new_tokens=task.max_new, max_length=None)
-                found = speculate(task, _prepare(draft, *given, same, tokenizer)[0], num_draft_tokens)
+                # Where a row ends is the parent's to say; a draft need not have a tokenizer.
+                same = replace(resolved, max_new_tokens=task.max_new, max_length=None, stop_strings=None)
+                own = "auto" if isinstance(engine, Engine) else engine
+                drafting = _prepare(draft, own, *given, same, tokenizer)[0]
+                found = speculate(task, drafting, num_draft_tokens)
             return Decoded(
                 _after(prompt, found.tokens_RT),
                 prompt.columns,
@@ -173,6 +183,7 @@ def steps(
     *,
     stored: Mapping[str, Any] | None = None,
     tokenizer: Tokenizer | None = None,
+    engine: str | Engine = "auto",
     **settings: Any,
 ) -> Iterator[Step]:
     """What `generate` does, each step's tokens as they are chosen; closing the iterator ends it.
@@ -191,12 +202,13 @@ def steps(
         raise RequestError(f"num_beams={resolved.num_beams}: beams have no text before they end; pass num_beams=1")
     with evaluating(model):
         with torch.no_grad():  # not around a yield: the caller's own work may need gradients
-            task, _ = _prepare(model, input_ids, attention_mask, None, None, resolved, tokenizer)
+            task, _ = _prepare(model, engine, input_ids, attention_mask, None, None, resolved, tokenizer)
         yield from tokens(task)
 
 
 def _prepare(
     model: Transformer,
+    engine: str | Engine,
     input_ids: Tensor | None,
     attention_mask: Tensor | None,
     decoder_input_ids: Tensor | None,
@@ -206,13 +218,14 @@ def _prepare(
 ) -> tuple[Task, Prompt]:
     """What there is to do, the encoder's part done, and the prompt as it was given."""
     stops = stop_strings(model, tokenizer, settings)
+    through = reader(model, engine)
     memory, source = None, None
     if model.encoder is None:
         if decoder_input_ids is not None or decoder_attention_mask is not None:
             raise RequestError("decoder_input_ids: this model has no encoder; pass its prompt as input_ids")
         prompt = _decoder_prompt(model, input_ids, attention_mask, settings)
     else:
-        memory, source, prompt = _encode(model, input_ids, attention_mask, settings)
+        memory, source, prompt = _encode(through, input_ids, attention_mask, settings)
         if decoder_input_ids is not None:
             # No pads are looked for here: T5's start token is its pad.
             mask = torch.ones_like(decoder_input_ids) if decoder_attention_mask is None else decoder_attention_mask
@@ -224,7 +237,7 @@ def _prepare(
                 )
             prompt = with_start(given, settings.decoder_start_token_id)
     max_new = room(prompt, settings, model.architecture)
-    rows = Rows(model, prompt, max_new, memory, max(settings.num_beams, settings.num_return_sequences))
+    rows = Rows(through, prompt, max_new, memory, max(settings.num_beams, settings.num_return_sequences))
     return Task(rows, settings, prompt.columns, max_new, source, stops), prompt
 
 
@@ -288,7 +301,7 @@ def resolve_settings(model: Transformer, settings: Mapping[str, Any], stored: Ma
     return Settings.resolve(architecture, settings, stored)
 
 
-def _prompt(model: Transformer, name: str, ids: Tensor, mask: Tensor | None, settings: Settings) -> Prompt:
+def _prompt(model: Reader, name: str, ids: Tensor, mask: Tensor | None, settings: Settings) -> Prompt:
     return make_prompt(name, ids, mask, settings, model.architecture.embedding.vocab_size, model.device)
 
 
@@ -299,7 +312,7 @@ def _decoder_prompt(model: Transformer, ids: Tensor | None, mask: Tensor | None,
 
 
 def _encode(
-    model: Transformer, ids: Tensor | None, mask: Tensor | None, settings: Settings
+    model: Reader, ids: Tensor | None, mask: Tensor | None, settings: Settings
 ) -> tuple[Memory, Prompt, Prompt]:
     """The encoder's output, what it read, and the decoder's start."""
     if ids is None:

@@ -17,10 +17,13 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from lathe.engine import Engine
+from lathe.engine.choose import Reader, reader
 from lathe.errors import RequestError
 from lathe.generate.decode import evaluating
 from lathe.generate.memory import free_bytes
 from lathe.generate.rows import explain_no_numbers
+from lathe.generate.text import is_empty
 from lathe.model.output import Output
 from lathe.model.transformer import Transformer
 from lathe.planner.activations import activations
@@ -55,16 +58,31 @@ class Label:
 
 @overload
 def encode(
-    model: Transformer, texts: Sequence[str], pool: Pool = "mean", *, tokenizer: Tokenizer | None = None
+    model: Transformer,
+    texts: Sequence[str],
+    pool: Pool = "mean",
+    *,
+    tokenizer: Tokenizer | None = None,
+    engine: str | Engine = "auto",
 ) -> Tensor: ...
 @overload
 def encode(
-    model: Transformer, texts: Sequence[str], pool: None, *, tokenizer: Tokenizer | None = None
+    model: Transformer,
+    texts: Sequence[str],
+    pool: None,
+    *,
+    tokenizer: Tokenizer | None = None,
+    engine: str | Engine = "auto",
 ) -> list[Tensor]: ...
 
 
 def encode(
-    model: Transformer, texts: Sequence[str], pool: Pool | None = "mean", *, tokenizer: Tokenizer | None = None
+    model: Transformer,
+    texts: Sequence[str],
+    pool: Pool | None = "mean",
+    *,
+    tokenizer: Tokenizer | None = None,
+    engine: str | Engine = "auto",
 ) -> Tensor | list[Tensor]:
     """A vector for each text, in the order given, float32 on the CPU.
 
@@ -74,6 +92,7 @@ def encode(
         pool: "mean" of a text's tokens, those that the tokenizer sets around it included; the "first" token's; what
             the model's own pooler makes of it, "pooled"; None for every token's.
         tokenizer: the model's own where left out.
+        engine: what computes: `auto`, `native`, `torch`, or an `Engine` of the model (`lathe.engine.choose`).
 
     Returns:
         N × D; for `pool=None` a list of N, each T × D.
@@ -96,12 +115,14 @@ def encode(
     if pool == "pooled" and (spec is None or spec.token == "each"):
         raise RequestError("pool='pooled': this model has no pooler; pass pool='mean' or 'first'")
 
+    through = reader(model, engine)
+
     def read(ids_BT: Tensor, mask_BT: Tensor) -> list[Tensor]:
         if pool == "pooled":
-            pooled = _forward(model, ids_BT, mask_BT).pooler_output
+            pooled = _forward(through, ids_BT, mask_BT).pooler_output
             assert pooled is not None
             return list(pooled)
-        hidden_BTD = _hidden(model, ids_BT, mask_BT)
+        hidden_BTD = _hidden(through, ids_BT, mask_BT)
         if pool == "first":
             return list(hidden_BTD[:, 0])
         if pool == "mean":
@@ -120,6 +141,7 @@ def classify(
     *,
     tokenizer: Tokenizer | None = None,
     names: Mapping[int | str, str] | None = None,
+    engine: str | Engine = "auto",
 ) -> list[Label]:
     """The label of each text, in the order given.
 
@@ -139,8 +161,10 @@ def classify(
     found = names if names is not None else config.get("id2label") or {}
     called = {int(number): name for number, name in found.items()}
 
+    through = reader(model, engine)
+
     def read(ids_BT: Tensor, mask_BT: Tensor) -> list[Tensor]:
-        logits = _forward(model, ids_BT, mask_BT).logits
+        logits = _forward(through, ids_BT, mask_BT).logits
         assert logits is not None
         return list(logits.float().softmax(dim=-1))
 
@@ -165,6 +189,9 @@ def _all(
         raise RequestError("expected a list of at least one text; for a single one pass [text]")
     rows = tokenizer.encode_batch(texts)
     _check_lengths(model, rows)
+    for number, (text, row) in enumerate(zip(texts, rows), start=1):
+        if is_empty(tokenizer, text, row):
+            raise RequestError(f"text {number} is {text!r} and holds no token; expected some text")
     found: dict[int, Tensor] = {}
     with evaluating(model), torch.no_grad():
         for chosen in list(_batches(model, [len(row) for row in rows])):
@@ -201,15 +228,13 @@ def _batches(model: Transformer, lengths: Sequence[int]) -> Iterator[list[int]]:
 def _check_lengths(model: Transformer, rows: Sequence[Sequence[int]]) -> None:
     limits = [stack.positions.limit for _, stack in model.architecture.stacks if stack.positions.limit is not None]
     for number, row in enumerate(rows, start=1):
-        if not row:
-            raise RequestError(f"text {number} holds no token; expected some text")
         if limits and len(row) > min(limits):
             raise RequestError(
                 f"text {number} has {len(row):,} tokens, more than this model's {min(limits):,} positions; shorten it"
             )
 
 
-def _hidden(model: Transformer, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+def _hidden(model: Reader, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """The last hidden states, B × T × D, of the encoder where there is one."""
     if model.encoder is not None:
         return model.encode(ids_BT, mask_BT).hidden_BSD
@@ -218,6 +243,6 @@ def _hidden(model: Transformer, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
     return hidden_BTD
 
 
-def _forward(model: Transformer, ids_BT: Tensor, mask_BT: Tensor) -> Output:
+def _forward(model: Reader, ids_BT: Tensor, mask_BT: Tensor) -> Output:
     out: Output = model(ids_BT, mask_BT, logits_to_keep=1)
     return out

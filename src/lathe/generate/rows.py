@@ -14,20 +14,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lathe.engine.choose import Reader
 from lathe.errors import LatheError, RequestError
 from lathe.generate.memory import check_room, decoding_bytes
 from lathe.generate.prompt import Prompt
 from lathe.model.cache import Cache
 from lathe.model.output import Output
 from lathe.model.stack import Memory
-from lathe.model.transformer import Transformer
 
 
 class Rows:
     """Rows that a model continues.
 
     Args:
-        model: has a causal decoder and a language head.
+        model: has a causal decoder and a language head; or the engine that stands in its place.
         prompt: what each row starts with.
         max_new: how many tokens are added at most.
         memory: the encoder's output, where there is one.
@@ -39,7 +39,7 @@ class Rows:
     """
 
     def __init__(
-        self, model: Transformer, prompt: Prompt, max_new: int, memory: Memory | None = None, copies: int = 1
+        self, model: Reader, prompt: Prompt, max_new: int, memory: Memory | None = None, copies: int = 1
     ) -> None:
         self.model, self.memory = model, memory
         self.prompt = prompt.padded_left()
@@ -86,9 +86,7 @@ class Rows:
 
 
 @torch.no_grad()
-def next_logits(
-    model: Transformer, ids_BT: Tensor, mask_BT: Tensor | None, cache: Cache, memory: Memory | None
-) -> Tensor:
+def next_logits(model: Reader, ids_BT: Tensor, mask_BT: Tensor | None, cache: Cache, memory: Memory | None) -> Tensor:
     """Read ids into the cache; the logits of each row's next token, B × V, float32.
 
     Args:
@@ -112,7 +110,7 @@ def next_logits(
     return logits_BV
 
 
-def explain_no_numbers(model: Transformer) -> None:
+def explain_no_numbers(model: Reader) -> None:
     """Raise the error that says why what a model gives is no number: a damaged weight, or a type too narrow."""
     for name, tensor in model.named_parameters():
         bad = int((~tensor.isfinite()).sum())

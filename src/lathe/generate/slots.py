@@ -30,12 +30,12 @@ import torch
 from torch import Tensor
 
 from lathe.architecture import Architecture
+from lathe.engine.choose import Reader
 from lathe.errors import LatheError
 from lathe.generate.memory import check_room, decoding_bytes, free_bytes
 from lathe.generate.rows import next_logits
 from lathe.model.cache import Cache, LayerCache
 from lathe.model.stack import Memory
-from lathe.model.transformer import Transformer
 
 # More rows than this make a step slower about as fast as they make it do more.
 _MOST_ROWS = 64
@@ -122,7 +122,7 @@ class Slots:
     """Rows in flight in a cache that never grows.
 
     Args:
-        model: has a causal decoder and a language head.
+        model: has a causal decoder and a language head; or the engine that stands in its place.
         plan: the sizes.
         beginning: the tokens that all rows share, as many as the plan says.
 
@@ -130,7 +130,7 @@ class Slots:
         LatheError: no memory for the cache.
     """
 
-    def __init__(self, model: Transformer, plan: SlotPlan, beginning: Sequence[int] = ()) -> None:
+    def __init__(self, model: Reader, plan: SlotPlan, beginning: Sequence[int] = ()) -> None:
         self.model, self.plan = model, plan
         assert model.architecture.decoder is not None
         spec, how = model.architecture.decoder.attention, {"dtype": model.dtype, "device": model.device}

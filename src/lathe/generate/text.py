@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lathe.engine import Engine
 from lathe.errors import RequestError
 from lathe.generate.continuous import decode_rows
 from lathe.generate.decode import decode, steps
@@ -53,6 +54,7 @@ def complete(
     watch: Watch | None = None,
     draft: Transformer | None = None,
     num_draft_tokens: int = 4,
+    engine: str | Engine = "auto",
     **settings: Any,
 ) -> list[Completion]:
     """Text for each prompt, in one batch; `num_return_sequences` of them side by side, beams from the best down.
@@ -62,6 +64,7 @@ def complete(
         keep_special_tokens: leave `</s>`, sentinels and the like in the text.
         watch: told of each step; `lathe.generate.explain.Explanation` is one that writes it down.
         draft, num_draft_tokens: a smaller model that proposes tokens, and how many, as for `generate`.
+        engine: what computes the passes, as for `generate`.
         settings: as for `lathe.generate.generate`.
 
     Raises:
@@ -69,7 +72,9 @@ def complete(
     """
     resolved, batch = _read(model, tokenizer, prompts, stored, settings)
     drafting: dict[str, Any] = {"draft": draft, "num_draft_tokens": num_draft_tokens}
-    found = decode(model, **batch, stored=stored, tokenizer=tokenizer, watch=watch, **drafting, **settings)
+    found = decode(
+        model, **batch, stored=stored, tokenizer=tokenizer, watch=watch, engine=engine, **drafting, **settings
+    )
     rows, log_probs = found.sequences_RT[:, found.n_prompt :].tolist(), found.log_probs_RT.tolist()
     each = resolved.num_return_sequences
     texts = []
@@ -91,6 +96,7 @@ def complete_in_turns(
     slots: int | None = None,
     stored: Mapping[str, Any] | None = None,
     keep_special_tokens: bool = False,
+    engine: str | Engine = "auto",
     **settings: Any,
 ) -> list[Completion]:
     """What `complete` gives for any number of prompts, `slots` rows at once: one that ends makes room for the next.
@@ -98,7 +104,8 @@ def complete_in_turns(
     Args and errors are `complete`'s and those of `lathe.generate.continuous.rows_as_finished`.
     """
     resolved, each = Settings.resolve(model.architecture, settings, stored), _ids(tokenizer, prompts)
-    rows = decode_rows(model, each, slots=slots, stored=stored, tokenizer=tokenizer, **settings)
+    common: dict[str, Any] = {"stored": stored, "tokenizer": tokenizer, "engine": engine}
+    rows = decode_rows(model, each, slots=slots, **common, **settings)
     texts = []
     for row in rows:
         number = row.number // resolved.num_return_sequences
@@ -115,6 +122,7 @@ def stream(
     *,
     stored: Mapping[str, Any] | None = None,
     keep_special_tokens: bool = False,
+    engine: str | Engine = "auto",
     **settings: Any,
 ) -> Iterator[str]:
     """The text of one prompt, piece by piece as it is chosen. The pieces add up to the text of `complete`.
@@ -132,7 +140,7 @@ def stream(
             "streamed where there is one; pass 1 for both, or do not stream"
         )
     before = tokenizer.encode(prompt) if model.encoder is None else []
-    chosen = steps(model, **batch, stored=stored, tokenizer=tokenizer, **settings)
+    chosen = steps(model, **batch, stored=stored, tokenizer=tokenizer, engine=engine, **settings)
     yield from spelled(tokenizer, before, chosen, keep_special_tokens)
 
 

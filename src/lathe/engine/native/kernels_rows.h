@@ -42,7 +42,7 @@ void normalise(float* to, const float* x, const Norm& norm) {
 
 INLINE vf activate(vf x, int activation) {
     switch (activation) {
-        case lathe::kRelu: return larger(x, vf{});
+        case lathe::kRelu: return larger(vf{}, x);  // in this order a NaN stays one
         case lathe::kGelu: return gelu(x);
         case lathe::kGeluTanh:
             return all(0.5f) * x * (all(1.0f) + hyperbolic_tangent(all(0.79788456f) * (x + all(0.044715f) * x * x * x)));

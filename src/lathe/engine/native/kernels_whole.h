@@ -209,16 +209,12 @@ void multiply_nibble(float* tile, const Rounded& x, int row, int rows, const Lin
 
 // A row to whole numbers in -127 … 127 by its largest magnitude, and the sums of its groups (0: the row is one).
 void round_row(const Rounded& to, int row, const float* x, int width, int group) {
-    vf most{};
-    int i = 0;
-    for (; i + L <= width; i += L) most = larger(most, magnitude(load(x + i)));
-    if (i < width) most = larger(most, magnitude(load_some(x + i, width - i)));
-    const float peak = largest(most);
+    const float peak = largest_magnitude(x, width);  // NaN where there is one, and then so is the scale
     const float inverse = peak > 0 ? 127.0f / peak : 0.0f;
     to.scales[row] = peak / 127.0f;
     int8_t* out = to.values + row * to.stride;
     const vf rounder = all(12582912.0f), by = all(inverse);  // as in `exponential`: the nearest, ties to even
-    i = 0;
+    int i = 0;
     for (; i + L <= width; i += L) {
         const vi whole = (vi)(load(x + i) * by + rounder) - (vi)rounder;
 #if defined(__AVX512F__)
@@ -251,14 +247,10 @@ void pack_byte(uint8_t* panel, float* scales, const float* w, long stride, int c
             continue;
         }
         const float* from = w + n * stride;
-        vf most{};
-        int i = 0;
-        for (; i + L <= inputs; i += L) most = larger(most, magnitude(load(from + i)));
-        if (i < inputs) most = larger(most, magnitude(load_some(from + i, inputs - i)));
-        const float peak = largest(most);
+        const float peak = largest_magnitude(from, inputs);
         const vf by = all(peak > 0 ? 127.0f / peak : 0.0f), rounder = all(12582912.0f);
         scales[n] = peak / 127.0f;
-        for (i = 0; i < inputs; i += L) {
+        for (int i = 0; i < inputs; i += L) {
             const int count = inputs - i < L ? inputs - i : L;
             const vf x = count == L ? load(from + i) : load_some(from + i, count);
             const vi whole = (vi)(x * by + rounder) - (vi)rounder + 128;

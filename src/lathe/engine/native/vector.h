@@ -78,6 +78,19 @@ INLINE vf smaller(vf a, vf b) {
 
 INLINE vf magnitude(vf x) { return larger(x, -x); }
 
+// The larger of two magnitudes as bits. Bits of floats without a sign are in the order of the floats, and NaN is the
+// largest of all, so a NaN that is met stays.
+INLINE vi larger_magnitude(vi most, vf x) {
+    const vi bits = (vi)x & 0x7FFFFFFF;
+#if defined(__AVX512F__)
+    return (vi)_mm512_max_epi32((__m512i)most, (__m512i)bits);
+#elif defined(__AVX2__)
+    return (vi)_mm256_max_epi32((__m256i)most, (__m256i)bits);
+#else
+    return most > bits ? most : bits;
+#endif
+}
+
 INLINE float sum(vf x) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_ps((__m512)x);
@@ -120,11 +133,23 @@ INLINE void store_sums(float* to, vf a, vf b, vf c, vf d) {
 #endif
 }
 
+INLINE float largest_magnitude(const float* x, int width) {
+    vi most{};
+    int i = 0;
+    for (; i + L <= width; i += L) most = larger_magnitude(most, load(x + i));
+    if (i < width) most = larger_magnitude(most, load_some(x + i, width - i));
+    int32_t best = most[0];
+    for (int lane = 1; lane < L; ++lane) best = most[lane] > best ? most[lane] : best;
+    float out;
+    memcpy(&out, &best, sizeof out);
+    return out;
+}
+
 // e^x to about two units in the last place: x = n ln 2 + r, a polynomial in r (Cephes, Moshier 1989), and n added to
 // the exponent's bits. Below -87 it gives 1e-38, above 88 3e38.
 INLINE vf exponential(vf x) {
     const vf rounder = all(12582912.0f);  // 1.5 · 2^23: adding it leaves the nearest whole number in the low bits
-    x = larger(smaller(x, all(88.0f)), all(-87.0f));
+    x = larger(all(-87.0f), smaller(all(88.0f), x));  // in this order a NaN stays one
     const vf shifted = x * all(1.44269504f) + rounder;
     const vf n = shifted - rounder;
     const vf r = (x - n * all(0.693359375f)) + n * all(2.12194440e-4f);
