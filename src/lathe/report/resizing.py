@@ -30,7 +30,7 @@ def pages(outcome: Outcome, recipe: Recipe) -> dict[str, str]:
 
 def page(outcome: Outcome, recipe: Recipe) -> str:
     """The report as one HTML file."""
-    made = Page(_title(outcome), f"made by Lathe {__version__} in {outcome.seconds:,.0f} seconds")
+    made = Page(_title(outcome), _made_by(outcome))
     made.text(_summary(outcome))
     made.table(*size_table(outcome), marked=1)
     points, y = _points(outcome)
@@ -202,6 +202,12 @@ def _tensors(found: Reload) -> str:
 
 
 # --- parts
+
+
+def _made_by(outcome: Outcome) -> str:
+    """Which program, and how long it took where that was counted: a model saved from Python took its time before."""
+    took = f" in {outcome.seconds:,.0f} seconds" if outcome.seconds else ""
+    return f"made by Lathe {__version__}{took}"
 
 
 def _title(outcome: Outcome) -> str:

@@ -53,7 +53,7 @@ class HealSettings(Spec):
     prefix: str = ""  # what stands before each source
 
     def check(self) -> None:
-        require_pair(self)
+        require_pair(self.field, self.source, self.target, self.prefix)
         if not 0.0 <= self.weight <= 1.0:
             raise RequestError(f"weight={self.weight}: expected the parent's share, 0 to 1")
         for name in ("lr", "temperature"):

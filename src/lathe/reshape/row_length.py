@@ -3,9 +3,9 @@
 A long document is cut into rows, and a model may have room for longer ones than it was ever shown: a BERT with 128
 positions that learnt from reviews of 15 words, a T5 whose biases reach any distance. What it computes at places that
 it was not trained at is noise, and a cut that is fitted on noise spends itself on that. How it was trained is in no
-checkpoint. Its loss tells: too short a row hides what a word depends on, too long a one confuses, and in between is the
-length that the model knows. So the source reads some long documents in rows of several lengths, and the longest is taken
-whose loss is the lowest, but for chance.
+checkpoint. Its loss tells: too short a row hides what a word depends on, too long a one confuses, and in between is
+the length that the model knows. So the source reads some long documents in rows of several lengths, and the longest is
+taken whose loss is the lowest, but for chance.
 
 Documents that fit into the shortest of these rows are shown whole in any of them, so that nothing is to be chosen.
 """
@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lathe.model.transformer import Transformer
+from lathe.reshape.measure import quality
 from lathe.reshape.text import Documents, TextSettings, lay, natural_objective, row_length
 from lathe.text.tokenizer import Tokenizer
-from lathe.train.evaluate import evaluate
 
 _SHORTEST = 32
 _TOKENS = 8192  # that are read at each length
@@ -82,7 +82,9 @@ def best_length(
     losses: dict[int, float] = {}
     for length in tried:
         text = lay(long, replace(settings, length=length), model.architecture, tokenizer, asked)
-        losses[length] = evaluate(model, text.batches).loss
+        found = quality(model, text)
+        assert found is not None
+        losses[length] = found.loss
     enough = (1 + _BY_CHANCE) * min(losses.values())
     return RowLength(max(length for length in tried if losses[length] <= enough), losses)
 

@@ -20,7 +20,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -63,7 +63,7 @@ class TextSettings(Spec):
     prefix: str = ""  # what stands before each source
 
     def check(self) -> None:
-        require_pair(self)
+        require_pair(self.field, self.source, self.target, self.prefix)
 
     @property
     def columns(self) -> dict[str, str]:
@@ -73,27 +73,18 @@ class TextSettings(Spec):
         return {"source": self.source, "target": self.target}
 
 
-class Paired(Protocol):
-    """Settings that may name the columns of pairs."""
-
-    field: str
-    source: str | None
-    target: str | None
-    prefix: str
-
-
-def require_pair(given: Paired) -> None:
+def require_pair(field: str, source: str | None, target: str | None, prefix: str) -> None:
     """Refuse half of a pair.
 
     Raises:
         RequestError: a source without a target or the other way round, a prefix or a text's column beside them.
     """
-    if (given.source is None) != (given.target is None):
-        raise RequestError(f"source={given.source} and target={given.target}: pairs have both; give the other, too")
-    if given.source is None and given.prefix:
-        raise RequestError(f"prefix={given.prefix!r}: it stands before the source of a pair; give source and target")
-    if given.source is not None and given.field != "text":
-        raise RequestError(f"field={given.field} beside source={given.source}: a pair has no text of its own; give one")
+    if (source is None) != (target is None):
+        raise RequestError(f"source={source} and target={target}: pairs have both; give the other, too")
+    if source is None and prefix:
+        raise RequestError(f"prefix={prefix!r}: it stands before the source of a pair; give source and target")
+    if source is not None and field != "text":
+        raise RequestError(f"field={field} beside source={source}: a pair has no text of its own; give one of them")
 
 
 Record = tuple[str, ...]  # a text; or a source and its target
@@ -324,8 +315,8 @@ def endless(
 def _batches(
     corpus: Corpus, made: Objective, length: int, settings: TextSettings, architecture: Architecture
 ) -> Batches:
-    wide = {"target_length": length} if tuple(made.reads) == _PAIR else {}
-    batches = Batches(corpus, made, length=length, rows=settings.rows, seed=settings.seed, **wide)
+    targets = length if tuple(made.reads) == _PAIR else None
+    batches = Batches(corpus, made, length=length, target_length=targets, rows=settings.rows, seed=settings.seed)
     batches.fit(architecture)
     return batches
 
