@@ -100,7 +100,7 @@ def _resize(
     if job.request.budget is not None:
         from lathe.reshape.budget_job import spend
 
-        job, _ = spend(job, Terminal().say)
+        job, _ = spend(job, Terminal().say, beside=destination)
     if plan_only:
         assert job.budget is not None
         _show_plan(job.budget, as_json)
@@ -135,7 +135,7 @@ def _replay(source: str, words: dict[str, Any], recipe: Path, device: str) -> Jo
         heal=words.get("heal"),
         data=data,
         device=device,
-        stream=words.get("stream", False),
+        stream=words.get("stream"),
     )
 
 

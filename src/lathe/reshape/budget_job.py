@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from lathe.errors import RequestError
@@ -13,8 +15,9 @@ from lathe.reshape.budget import BudgetPlan, plan_budget
 from lathe.reshape.budget_cost import BudgetSettings
 from lathe.reshape.budget_trial import RowsProbe, TextProbe
 from lathe.reshape.calibrate import Batch
-from lathe.reshape.job import Job, with_sizes
+from lathe.reshape.job import Job, through, with_sizes
 from lathe.reshape.row_length import best_length
+from lathe.reshape.stream import StreamedTransformer
 from lathe.reshape.text import TextSettings, read_documents
 from lathe.reshape.vocabulary import settings_ids
 from lathe.text.tokenizer import Tokenizer
@@ -23,11 +26,12 @@ from lathe.train.machine import pick_device
 log = logging.getLogger("lathe")
 
 
-def spend(job: Job, say: Callable[[str], None] = log.info) -> tuple[Job, BudgetPlan]:
+def spend(job: Job, say: Callable[[str], None] = log.info, *, beside: Path | None = None) -> tuple[Job, BudgetPlan]:
     """Find the sizes of a job that was given a budget; the job that comes back has them, and can be run.
 
     Args:
         say: told a line about each trial.
+        beside: where the result will go; a streamed job's trials put their tensors aside next to it.
 
     Raises:
         RequestError: no budget, no text to measure on, or a budget that cannot be met (says the least possible).
@@ -35,6 +39,14 @@ def spend(job: Job, say: Callable[[str], None] = log.info) -> tuple[Job, BudgetP
     request, source = job.request, job.source
     if request.budget is None:
         raise RequestError("no budget: give max_parameters, max_bytes or max_latency")
+    if job.why_streamed:
+        say(job.why_streamed)
+    if isinstance(source.model, StreamedTransformer) and source.model.tensors.folder is None:
+        place = Path.cwd() if beside is None else beside.expanduser().resolve().parent
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".trials-", dir=place) as folder:
+            done, plan = spend(through(replace(job, why_streamed=""), Path(folder)), say)
+        return replace(done, source=source), plan
     if source.tokenizer is None or job.fitted is None or job.held is None or request.calibrate is None:
         raise RequestError("a budget needs text to fit on and text to measure on: give a longer --calibrate FILE")
     probe = TextProbe(

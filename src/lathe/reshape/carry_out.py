@@ -39,9 +39,8 @@ from lathe.reshape.outcome import Outcome, Size
 from lathe.reshape.recipe import Recipe, require_same
 from lathe.reshape.resize import Resized, resize
 from lathe.reshape.share_remainder import REMAINDER, kept_remainder
-from lathe.reshape.spill import Tensors
 from lathe.reshape.state import Step
-from lathe.reshape.stream import StreamedTransformer, weights_of
+from lathe.reshape.stream import weights_of, whole
 from lathe.reshape.text import Documents, endless, lay, read_documents
 from lathe.reshape.vocabulary import renumbered_settings, settings_ids
 from lathe.text.tokenizer import Tokenizer
@@ -70,7 +69,7 @@ def carry_out(job: Job, folder: Path, run: Path, reporter: Reporter, name: str) 
     saved, digests = write(work.made, work.history, folder, max_shard_bytes=_shard_bytes(job.source.directory))
     if job.expected is not None:
         work.compare_with(job.expected.weights, digests)
-    streamed = job.request.stream
+    streamed = job.is_streamed
     reporter.say("opening what was written" + ("" if streamed else ", and timing it beside the source"))
     if work.made.relaxed is None:
         reloaded = open_source(str(folder), stream=streamed).model
@@ -152,7 +151,7 @@ class Work:
                 self.teacher = done.vocabulary.model(self.teacher)
             self.generation = renumbered_settings(self.generation, done.vocabulary.ids)
             self.config = renumbered_settings(self.config, done.vocabulary.ids)
-        self.model, self.tokenizer = _made(done), done.tokenizer
+        self.model, self.tokenizer = done.model(), done.tokenizer
         if request.remainder is not None:
             self._keep_remainder(parent, request.remainder, operations)
         self._note({"resize": dict(changes), "operations": operations})
@@ -164,13 +163,15 @@ class Work:
         documents = healing_text(settings, self.tokenizer, self.history.reading)
         if expected is not None:
             require_same(settings.file, expected, documents.digest)
-        device = pick_device(self.job.request.device)
+        # A streamed parent is read anew for every batch, layer by layer, into this machine's memory.
+        device = torch.device("cpu") if self.job.is_streamed else pick_device(self.job.request.device)
         asked = self.job.request.objective
         batches = endless(documents, settings.text, self.model.architecture, self.tokenizer, asked)
         number = 1 + sum("heal" in stage for stage in self.history.recipe.stages)
         fitted = None if self.job.fitted is None else self.job.fitted.digest
         known = {"source": self.job.source_sha256, "stages": self.history.recipe.stages, "fitted": fitted}
-        dtype, model, teacher = self.model.dtype, self.model.float().to(device), self.teacher.to(device)
+        dtype, model = self.model.dtype, whole(self.model).float().to(device)
+        teacher = self.teacher if self.job.is_streamed else self.teacher.to(device)
         title, curve = f"healing {number}", list[tuple[int, float]]()
         total = settings.training().steps or _PARTS
         folder = run / f"stage-{number}"
@@ -195,7 +196,8 @@ class Work:
                 asked={"cut": hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()},
                 on_step=on_step,
             )
-        self.teacher.to("cpu")
+        if not self.job.is_streamed:
+            self.teacher.to("cpu")
         self.model = model.to("cpu", dtype).eval()
         self.history.curves[title] = curve or _curve_of(folder)
         self._measure(self.model, self.tokenizer, [healed_step(*_spent(folder))], heals=True)
@@ -284,15 +286,6 @@ def healing_text(settings: HealSettings, tokenizer: Tokenizer, reading: Reading 
 def healed_step(steps: int, tokens: int) -> Step:
     """The line about a healing."""
     return Step(f"heal for {steps:,} steps on {tokens:,} tokens", False, {})
-
-
-def _made(done: Resized) -> Transformer:
-    """The model that a resize ended with."""
-    if isinstance(done.tensors, Tensors):
-        return StreamedTransformer(done.architecture, done.tensors)
-    model = Transformer(done.architecture, device="meta")
-    model.load_state_dict(dict(done.tensors), assign=True)
-    return model.requires_grad_(True).eval()
 
 
 def _bytes_of(job: Job) -> int:

@@ -18,7 +18,7 @@ from lathe.reshape.calibrate import Moments, moments, unit
 from lathe.reshape.heads import narrow_heads
 from lathe.reshape.operation import Context, Operation, Run, by_stack, plain
 from lathe.reshape.refit import refit
-from lathe.reshape.state import State, Step
+from lathe.reshape.state import State, Step, multiply
 from lathe.reshape.transform import loudest_directions, onto_table, refit_transform, transform_rows
 from lathe.reshape.width import is_centred, keep, norms_of, principal, rotate, streams_of, with_stored_positions
 
@@ -134,10 +134,10 @@ def _rotated(
     if group == "residual":
         x_ND, _ = transform_rows(context.current(rotated), context.batches)
     if language.tied:
-        onto = onto_table(rotated.wide(_TOKENS), state.wide(_TOKENS))
+        onto = onto_table(rotated.tensors[_TOKENS], state.tensors[_TOKENS])
     else:  # a table of its own needs not the stream's channels, but the transform's best ones
         onto = loudest_directions(old_NE, size).T
-        rotated = rotated.with_({_OUTPUT: state.wide(_OUTPUT) @ onto.T})
+        rotated = rotated.with_({_OUTPUT: multiply(state.tensors[_OUTPUT], 1, onto.T)})
     refitted, second = refit_transform(state, rotated, x_ND, old_NE, onto.T)
     return refitted, [step, second], basis.matrix
 

@@ -45,6 +45,7 @@ from lathe.reshape.recipe import (
 )
 from lathe.reshape.request import ResizeRequest
 from lathe.reshape.resize import is_vocabulary, planned
+from lathe.reshape.room import check_healing, reason_to_stream
 from lathe.reshape.row_length import best_length
 from lathe.reshape.spill import Tensors
 from lathe.reshape.stages import half_way
@@ -121,6 +122,7 @@ class Job:
         batches: the text to fit on where it was given as token ids.
         parent: the recipe by which a source in memory was made.
         rows: why rows of text are shorter than the model has room for.
+        why_streamed: the line to tell where the job streams without having been asked to.
     """
 
     request: ResizeRequest
@@ -137,6 +139,12 @@ class Job:
     batches: Sequence[Batch] = ()
     parent: Recipe | None = None
     rows: str = ""
+    why_streamed: str = ""
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether one layer is held at a time."""
+        return isinstance(self.source.model, StreamedTransformer)
 
     @property
     def target(self) -> Architecture:
@@ -162,11 +170,11 @@ def open_job(request: ResizeRequest) -> Job:
     Raises:
         RequestError: something is missing, or cannot be done, or only Lathe's own form could hold the result.
     """
-    source = open_source(request.source, stream=request.stream)
+    source, why = _opened(request)
     assert source.directory is not None
     architecture = source.model.architecture
     if request.budget is not None:
-        return _with_text(request, source, source_digest(source.directory), (), None)
+        return replace(_with_text(request, source, source_digest(source.directory), (), None), why_streamed=why)
     renews = request.vocabulary is not None
     target, operations = planned(architecture, request.changes, **request.how, own_form=request.own_form, renews=renews)
     if not operations:
@@ -174,7 +182,19 @@ def open_job(request: ResizeRequest) -> Job:
         raise RequestError(f"{request.source} has {sizes} already: nothing to change")
     _require_holder(architecture, target, request)
     stages = _stages(architecture, request)
-    return _with_text(request, source, source_digest(source.directory), stages, None)
+    job = _with_text(request, source, source_digest(source.directory), stages, None)
+    if request.heal is not None and job.is_streamed:
+        check_healing(target, request.heal)
+    return replace(job, why_streamed=why)
+
+
+def _opened(request: ResizeRequest) -> tuple[Source, str]:
+    """The source of a request, and why it is streamed where that was not asked for."""
+    refuse_quantised(request.source)
+    why = ""
+    if request.stream is None and request.streams:
+        why = reason_to_stream(request.source, request.changes, request.calibrate)
+    return open_source(request.source, stream=bool(request.stream or why)), why
 
 
 def job_at_hand(
@@ -211,7 +231,8 @@ def with_sizes(job: Job, changes: Mapping[str, Any], budget: Mapping[str, Any]) 
         budget: how they were found, as plain values.
     """
     request = replace(job.request, changes=dict(changes))
-    return replace(job, request=request, stages=_stages(job.source.model.architecture, request), budget=budget)
+    stages = _stages(job.source.model.architecture, request)
+    return replace(job, request=request, stages=stages, budget=budget, why_streamed="")
 
 
 def open_replay(
@@ -223,14 +244,14 @@ def open_replay(
     heal: str | None = None,
     data: TextSettings | None = None,
     device: str = "auto",
-    stream: bool = False,
+    stream: bool | None = None,
 ) -> Job:
     """The job that a recipe describes, on a source that must be the one it was written for.
 
     Args:
         calibrate, vocabulary, heal: where the texts are now, if not where the recipe says.
         data: other text to measure on.
-        stream: hold a layer at a time.
+        stream: hold a layer at a time; None: where memory is short.
 
     Raises:
         RequestError: another source or another text.
@@ -239,9 +260,7 @@ def open_replay(
     warn_of_differences(written)
     if recipe.obstacle:
         raise RequestError(f"this recipe cannot be done again: {recipe.obstacle}")
-    opened = open_source(source, stream=stream)
-    assert opened.directory is not None
-    digest = source_digest(opened.directory)
+    digest = source_digest(fetch(source))
     require_same(source, str(recipe.source.get("sha256")), digest)
     changes: dict[str, Any] = {}
     stages: list[Mapping[str, Any]] = []
@@ -270,8 +289,11 @@ def open_replay(
         device=device,
         stream=stream,
     )
+    opened, why = _opened(request)
     job = _with_text(request, opened, digest, tuple(stages), written)
-    return replace(job, budget=recipe.budget)
+    if healed is not None and job.is_streamed:
+        check_healing(job.target, healed)
+    return replace(job, budget=recipe.budget, why_streamed=why)
 
 
 A = TypeVar("A", bound=Spec)
@@ -294,7 +316,7 @@ def open_source(name: str, *, stream: bool = False) -> Source:
     Raises:
         RequestError: no such model, or one that is quantised already.
     """
-    _refuse_quantised(name)
+    refuse_quantised(name)
     checkpoint = open_checkpoint(name)
     parameters = checkpoint.parameters
     assert checkpoint.directory is not None
@@ -308,7 +330,7 @@ def open_source(name: str, *, stream: bool = False) -> Source:
     return Source(name, checkpoint.directory, model.eval(), tokenizer, checkpoint.generation, checkpoint.config)
 
 
-def _refuse_quantised(name: str) -> None:
+def refuse_quantised(name: str) -> None:
     """Refuse a config that names a quantisation, before any weights are fetched."""
     file = fetch(name, weights=False) / CONFIG
     try:
@@ -382,13 +404,15 @@ def run_job(
     started = time.perf_counter()
     itemsize = torch.empty(0, dtype=job.source.model.dtype).element_size()
     nbytes = itemsize * sum(parameter.size for parameter in stored(job.target))
-    streamed = isinstance(job.source.model, StreamedTransformer)
-    if streamed:  # what operations make on the way is float64
+    if job.is_streamed:  # what operations make on the way is float64
         nbytes += 8 * sum(parameter.size for parameter in stored(job.source.model.architecture))
+    reporter = reporter or Silent()
+    if job.why_streamed:
+        reporter.say(job.why_streamed)
     with atomic_directory(directory, nbytes=nbytes) as made:
-        with _scratch(made / ".scratch") if streamed else nullcontext() as scratch:
-            work = job if scratch is None else _through(job, scratch)
-            outcome, recipe = carry_out(work, made, run or heal_folder(directory), reporter or Silent(), directory.name)
+        with _scratch(made / ".scratch") if job.is_streamed else nullcontext() as scratch:
+            work = job if scratch is None else through(job, scratch)
+            outcome, recipe = carry_out(work, made, run or heal_folder(directory), reporter, directory.name)
         outcome.seconds = time.perf_counter() - started
         for name, text in pages(outcome, recipe).items():
             (made / name).write_text(text, encoding="utf-8")
@@ -407,8 +431,8 @@ def _scratch(folder: Path) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def _through(job: Job, scratch: Path) -> Job:
-    """The job with a model whose operations put their tensors into `scratch`."""
+def through(job: Job, scratch: Path) -> Job:
+    """The streamed job with a model whose operations put their tensors into `scratch`."""
     old = job.source.model
     model = StreamedTransformer(old.architecture, Tensors.of(weights_of(old), scratch))
     return replace(job, source=replace(job.source, model=model))
