@@ -144,16 +144,21 @@ def test_prompts_come_from_stdin_and_have_to_be_text(cli, gpt2: Path, monkeypatc
     assert "is not UTF-8" in ran.err
 
 
-def test_a_weight_that_is_no_number_is_named(cli, gpt2: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "row"),
+    # The last of the positions is not read at all, and would change nothing.
+    [("decoder.attention.0.q.weight", 0), ("decoder.input.positions.weight", 63)],
+)
+def test_a_weight_that_is_no_number_is_named(cli, gpt2: Path, tmp_path: Path, name: str, row: int) -> None:
     model = lathe.load(gpt2)
     with torch.no_grad():
-        model.get_parameter("decoder.attention.0.q.weight")[0, 0] = torch.nan
+        model.get_parameter(name)[row, 0] = torch.nan
     model.save(tmp_path / "damaged")
     ran = cli("generate", tmp_path / "damaged", "--prompt", "to be")
     assert ran.code == 2
     assert ran.out == ""
     assert ran.err.count("\n") == 1
-    assert "the weight decoder.attention.0.q.weight holds 1 values" in ran.err
+    assert f"the weight {name} holds 1 values" in ran.err
 
 
 def test_the_prompts_of_a_file_take_turns_and_give_what_they_give_alone(cli, gpt2: Path, tmp_path: Path) -> None:

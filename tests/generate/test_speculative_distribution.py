@@ -81,7 +81,7 @@ def expected(name: str, prompt: tuple[int, ...], number: int) -> dict[tuple[int,
     source = torch.tensor([prompt])
     before = source if model.encoder is None else torch.tensor([[1]])
     judge = STOCK._get_logits_processor(config, before.shape[1], source, device="cpu", model_kwargs={})
-    reached = {(): 1.0}
+    reached: dict[tuple[int, ...], float] = {(): 1.0}
     found: dict[tuple[int, ...], float] = {}
     for length in range(NEW):
         texts = list(reached)

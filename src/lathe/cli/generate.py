@@ -291,6 +291,7 @@ def _load(name: str, adapter: Path | None, device: Any) -> Model:
     import lathe
     from lathe.adapt import load_adapter
     from lathe.adapt.opening import base_of, is_adapter
+    from lathe.generate.rows import check_weights
 
     if is_adapter(name):
         if adapter is not None:
@@ -301,6 +302,7 @@ def _load(name: str, adapter: Path | None, device: Any) -> Model:
         load_adapter(model, adapter.expanduser())
         if lathe.Tokenizer.is_in(adapter.expanduser()):
             model.tokenizer = lathe.Tokenizer.load(adapter.expanduser())
+    check_weights(model)  # also those that this text would not use
     return model
 
 

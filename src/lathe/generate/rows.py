@@ -112,6 +112,15 @@ def next_logits(model: Reader, ids_BT: Tensor, mask_BT: Tensor | None, cache: Ca
 
 def explain_no_numbers(model: Reader) -> None:
     """Raise the error that says why what a model gives is no number: a damaged weight, or a type too narrow."""
+    check_weights(model)
+    raise LatheError(
+        f"the model's results are not all numbers, though its weights are: {model.dtype} is too narrow for them; "
+        "load it as torch.float32"
+    )
+
+
+def check_weights(model: Reader) -> None:
+    """Raise RequestError where a weight holds what is no number, used by the text at hand or not."""
     for name, tensor in model.named_parameters():
         bad = int((~tensor.isfinite()).sum())
         if bad:
@@ -119,7 +128,3 @@ def explain_no_numbers(model: Reader) -> None:
                 f"the weight {name} holds {bad:,} values of {tensor.numel():,} that are NaN or infinite: the model is "
                 "damaged; use an earlier checkpoint of it"
             )
-    raise LatheError(
-        f"the model's results are not all numbers, though its weights are: {model.dtype} is too narrow for them; "
-        "load it as torch.float32"
-    )

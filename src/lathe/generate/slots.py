@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,8 +134,8 @@ class Slots:
     def __init__(self, model: Reader, plan: SlotPlan, beginning: Sequence[int] = ()) -> None:
         self.model, self.plan = model, plan
         assert model.architecture.decoder is not None
-        spec, how = model.architecture.decoder.attention, {"dtype": model.dtype, "device": model.device}
-        rows = plan.slots * plan.width
+        spec, rows = model.architecture.decoder.attention, plan.slots * plan.width
+        how: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
         try:
             self.cache = Cache(model.architecture, rows, plan.tokens, **how)
             shape = (plan.sources, spec.kv_heads, plan.source, spec.d_head)
@@ -190,8 +191,9 @@ class Slots:
             return self.used
         if source in self.sources:
             return self.sources.index(source)
-        # There are as many places as different sources in flight, this one's included.
-        place = next(place for place in range(self.plan.sources) if place not in self.reads[: self.used])
+        # There are as many places as different sources in flight, this one's included. An empty one goes first.
+        free = [place for place in range(self.plan.sources) if place not in self.reads[: self.used]]
+        place = min(free, key=lambda place: bool(self.sources[place]))
         self.sources[place] = source
         return place
 

@@ -115,7 +115,8 @@ def _rows_together(x_BGNX: Tensor) -> Tensor:
 
 def _rows_apart(x_GMX: Tensor, batch: int) -> Tensor:
     """`_rows_together` undone, B × G × N × X."""
-    return x_GMX.unflatten(1, (batch, -1)).transpose(0, 1)
+    groups, queries, width = x_GMX.shape
+    return x_GMX.reshape(groups, batch, queries // batch, width).transpose(0, 1)
 
 
 def _softmax(scores_BHTS: Tensor) -> Tensor:
