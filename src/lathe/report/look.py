@@ -295,6 +295,8 @@ def _fonts(pieces: list[str]) -> tuple[list[str], list[str]]:
             break
         if font.style != "normal" or font.weight not in (400, "normal", "regular") or font.name in families:
             continue
+        if font.name.startswith("Last Resort"):  # it comes with matplotlib and draws a box for everything
+            continue
         known = missing & get_font(font.fname).get_charmap().keys()
         if known:
             families.append(font.name)
