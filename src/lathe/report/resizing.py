@@ -15,6 +15,7 @@ from lathe.reshape.budget_table import ALONE, PLAN, alone_cells, plan_cells, sen
 from lathe.reshape.measure import Quality
 from lathe.reshape.outcome import Done, Outcome, Reload, Size
 from lathe.reshape.recipe import Recipe
+from lathe.reshape.state import ENDS
 
 _MOST_DETAILS = 48  # rows of one table; more are drawn as a curve, and the lowest are named
 _LOSS, _BITS = "loss, nats a target", "bits a byte of text"
@@ -257,21 +258,37 @@ def _details(made: Page, steps: Sequence[Done]) -> None:
     for number, step in enumerate(steps, start=1):
         if step.detail:
             kinds.setdefault(step.measures or "what the step measured of itself", []).append((number, step))
-    for measures, mine in kinds.items():
+    for told, mine in kinds.items():
+        measures, ends, whole = told.partition(ENDS)
+        if ends:
+            for number, step in mine:
+                before, after = (_detail(step.detail, name) for name in _WHOLE)
+                made.text(f"Step {number} as a whole{ends.removeprefix(';')}{whole}: {before} and {after}.")
+        parts = [(number, step, _parts(step, is_split=bool(ends))) for number, step in mine]
+        names = list(dict.fromkeys(name for *_, part in parts for name in part))
+        if not names:
+            continue
         made.text(f"{measures[0].upper()}{measures[1:]}:")
-        names = list(dict.fromkeys(name for _, step in mine for name in step.detail))
         if len(names) > _MOST_DETAILS:
-            lines = {f"{n}. {s.name}": (range(1, len(s.detail) + 1), list(s.detail.values())) for n, s in mine}
+            lines = {f"{n}. {s.name}": (range(1, len(part) + 1), list(part.values())) for n, s, part in parts}
             made.picture(curves(lines, x="place in the model", y=""), measures)
-            last = mine[-1][1].detail
+            last = parts[-1][2]
             names = sorted(last, key=lambda name: last[name])[:8]
             made.text("The lowest of them:")
-        rows = [(name, *(_detail(step, name) for _, step in mine)) for name in names]
+        rows = [(name, *(_detail(part, name) for *_, part in parts)) for name in names]
         made.table(("", *(f"step {number}" for number, _ in mine)), rows)
 
 
-def _detail(step: Done, name: str) -> str:
-    return f"{step.detail[name]:.4f}" if name in step.detail else ""
+_WHOLE = ("before", "after")
+
+
+def _parts(step: Done, *, is_split: bool) -> dict[str, float]:
+    """A step's numbers for parts of the model, without those that stand for the whole step."""
+    return {name: value for name, value in step.detail.items() if not (is_split and name in _WHOLE)}
+
+
+def _detail(numbers: Mapping[str, float], name: str) -> str:
+    return f"{numbers[name]:.4f}" if name in numbers else ""
 
 
 def _goes_on(steps: Sequence[Done], number: int) -> bool:

@@ -19,7 +19,7 @@ from lathe.model.transformer import Transformer
 from lathe.reshape.calibrate import Batch, Ear
 from lathe.reshape.divergence import Divergence
 from lathe.reshape.regress import Gain, Linear, Pairs, best, fit_gain, gain_error
-from lathe.reshape.state import State, Step
+from lathe.reshape.state import ENDS, State, Step
 from lathe.reshape.stream import StreamedTransformer, blank, held, model_of
 from lathe.reshape.walk import Streams
 
@@ -95,7 +95,7 @@ class Fitting:
         """The fitted state and the step that tells of it."""
         width = self.state.architecture.d_model
         exact = self.start < 1e-9 and self.now < 1e-9
-        measures = f"share of the wanted outputs missed on text held out; first and last: {self.divergence.measures}"
+        measures = f"share of the wanted outputs missed on text held out{ENDS}{self.divergence.measures}"
         note = ""
         if self.left:
             many = len(self.left) + len(self.detail)

@@ -36,7 +36,7 @@ from lathe.reshape.calibrate import Batch, token_rows
 from lathe.reshape.divergence import Divergence
 from lathe.reshape.operation import Context, Operation
 from lathe.reshape.spill import Tensors
-from lathe.reshape.state import State, Step
+from lathe.reshape.state import ENDS, State, Step
 from lathe.reshape.stream import blank, entering, held, layer_parts, model_of
 from lathe.reshape.walk import split, through
 
@@ -76,7 +76,7 @@ def _run(name: str, sharing: str, method: str, context: Context, state: State) -
     distance = Divergence(parent, apart, torch.eye(parent.architecture.d_model, dtype=torch.float64))
     before, after = distance(context.current(shared)), distance(context.current(fitted))
     told = {"before": before, **second.detail, "after": after}
-    measures = f"share of the wanted outputs missed; first and last, on text held out: {distance.measures}"
+    measures = f"share of the wanted outputs missed{ENDS}on text held out: {distance.measures}"
     if after < before:
         return fitted, [step, replace(second, detail=told, measures=measures)]
     left = replace(_NO_REFIT, detail=told, measures=measures, note="a fit came no nearer on text held out")

@@ -71,6 +71,10 @@ class State:
         return State(self.architecture, {name: as_asked(name, self.tensors[name]) for name in shapes})
 
 
+# In `Step.measures`: what follows is what the numbers named `before` and `after` are, which stand for the whole step.
+ENDS = "; before and after it, "
+
+
 @dataclass(frozen=True)
 class Step:
     """One operation that was carried out.
