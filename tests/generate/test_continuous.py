@@ -122,7 +122,8 @@ def test_beams_that_take_turns_are_those_of_the_prompt_alone(
     assert [row.number for row in found] == list(range(copies * len(texts)))
     for place, at in enumerate(order):
         ids = torch.tensor([texts[at]])
-        alone = decode(model, ids, torch.ones_like(ids), **how, **({"seed": (100 + at,)} if seeded else {}))
+        own: dict[str, Any] = {**how, "seed": (100 + at,)} if seeded else how
+        alone = decode(model, ids, torch.ones_like(ids), **own)
         for rank, row in enumerate(found[copies * place : copies * (place + 1)]):
             length = int(alone.lengths_R[rank])
             assert row.ids == alone.sequences_RT[rank, alone.n_prompt : alone.n_prompt + length].tolist()
@@ -134,16 +135,19 @@ def test_beams_that_take_turns_are_those_of_the_prompt_alone(
 @pytest.mark.parametrize("name", ["gpt2", "t5"])
 def test_a_prompts_beams_leave_together_and_the_next_ones_take_their_rows(name: str) -> None:
     model, texts = model_of(name), [[5 + at, 9, 11 + at] for at in range(6)]
+    # Ends that the first prompt's best text meets early, and the others' perhaps later.
     how: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 12, "early_stopping": True}
+    (free,) = decode_rows(model, texts[:1], eos_token_id=None, forced_eos_token_id=None, **how)
+    how |= {"eos_token_id": tuple(free.ids[2:4]), "forced_eos_token_id": None}
     with Reads(model) as reads:
-        rows = decode_rows(model, texts, slots=2, eos_token_id=ended_early(model), **how)
+        rows = decode_rows(model, texts, slots=2, **how)
     assert len({len(row.ids) for row in rows}) > 1
     steps = [count for count, columns in reads.shapes if columns == 1 and count > 2]
     assert set(steps) <= {3, 6}
     alone = 0
     for text in texts:
         with Reads(model) as reads:
-            decode_rows(model, [text], slots=1, eos_token_id=ended_early(model), **how)
+            decode_rows(model, [text], slots=1, **how)
         alone += sum(count for count, columns in reads.shapes if count == 3)
     # No step reads a row of a search that is over.
     assert sum(steps) == alone

@@ -117,7 +117,7 @@ def test_batches_are_as_large_as_the_memory_allows_and_the_longest_come_first(mo
     [
         (lambda: lathe.encode(model_of("classifier"), []), "at least one text"),
         (lambda: lathe.encode(model_of("classifier"), "to be"), "at least one text"),
-        (lambda: lathe.encode(model_of("gpt2"), ["to", ""]), "text 2 holds no token"),
+        (lambda: lathe.encode(model_of("gpt2"), ["to", ""]), "text 2 is '' and holds no token"),
         (lambda: lathe.encode(model_of("gpt2"), ["to be"], "pooled"), "this model has no pooler"),
         (lambda: lathe.encode(model_of("gpt2"), ["to be"], "max"), "pool='max'"),  # type: ignore[call-overload]
         (lambda: lathe.encode(model_of("classifier"), ["to be " * 400]), "positions; shorten it"),
