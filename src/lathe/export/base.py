@@ -65,6 +65,8 @@ class Checked:
         runtime: the program and its version.
         what: what was compared: "logits", "hidden states", ….
         difference: how far the file's outputs are from the model's.
+        running: how far they are from those of the model with the weights as the file's type holds them, which is the
+            program's own part; None where that is not told apart.
         texts: how many texts its tokenizer cut into the same ids; None where the file holds no tokenizer of its own.
         notes: what was found that its user has to know.
     """
@@ -72,8 +74,14 @@ class Checked:
     runtime: str
     what: str
     difference: Difference
+    running: Difference | None = None
     texts: int | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def error(self) -> float:
+        """The relative error that the type's limit is for."""
+        return (self.running or self.difference).relative_error
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -82,6 +90,7 @@ class Checked:
             "what": self.what,
             "texts_tokenised_alike": self.texts,
             **asdict(self.difference),
+            "relative_error_of_running": None if self.running is None else self.running.relative_error,
         }
 
 

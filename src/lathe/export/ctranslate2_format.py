@@ -38,7 +38,7 @@ def write(source: Source, kind: Kind, place: Path) -> list[str]:
     spec.save(str(place))
     notes = [
         f"its {name} sees {stack.attention.window} tokens at a time; CTranslate2 drops what is older as it decodes, "
-        "and does not compute a prompt that is longer as the model does"
+        "and computes neither longer prompts nor prompts of different lengths in one batch as the model does"
         for name, stack in source.architecture.stacks
         if stack.attention.window is not None
     ]
@@ -129,10 +129,17 @@ def _logits(model: Transformer, rows: list[Tensor], place: Path, compute: str) -
     import ctranslate2
 
     generator = ctranslate2.Generator(str(place), device="cpu", compute_type=compute)
-    found_BTV = torch.from_numpy(_array(generator.forward_batch([row.tolist() for row in rows])))
+    stack = model.architecture.decoder
+    assert stack is not None
+    # Rows of different lengths in one batch, so that padding counts; with a window CTranslate2 cannot do that.
+    batches = [rows] if stack.attention.window is None else [[row] for row in rows]
+    found = []
+    for batch in batches:
+        found_BTV = torch.from_numpy(_array(generator.forward_batch([row.tolist() for row in batch])))
+        found += [found_BTV[number, : len(row)] for number, row in enumerate(batch)]
     with torch.inference_mode():
         wanted = [model(row[None]).logits[0] for row in rows]
-    return wanted, [found_BTV[number, : len(row)] for number, row in enumerate(rows)], "logits"
+    return wanted, found, "logits"
 
 
 def _scores(model: Transformer, rows: list[Tensor], names: list[str], place: Path, compute: str) -> _Outputs:

@@ -2,13 +2,15 @@
 
 Decoders give logits, encoder-decoders the logits of the decoder after the encoder has read a row, encoders their
 hidden states, classifiers their labels' logits. The cache is kept in float32, so that what is measured is the file.
+They are held against the model, which says what the file's type costs, and against the model with the weights as that
+type holds them, which says whether the file is right: few bits move the outputs far, and a wrong tensor could hide.
 The tokenizer in the file is given texts of many kinds; one that llama.cpp cuts otherwise is named.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lathe.architecture import Architecture
 from lathe.errors import LatheError
 from lathe.export.base import Checked, Source
 from lathe.export.compare import compare, probe, reference
+from lathe.model.transformer import Transformer
 from lathe.text.tokenizer import Tokenizer
 
 TEXTS = (
@@ -34,8 +38,11 @@ TEXTS = (
 )
 
 
-def check(source: Source, place: Path) -> Checked:
+def check(source: Source, place: Path, rounded: Mapping[str, Tensor]) -> Checked:
     """Run the file beside the model.
+
+    Args:
+        rounded: the model's tensors as the file's types hold them.
 
     Raises:
         LatheError: llama.cpp cannot open or run it, or cuts most texts into other ids.
@@ -43,30 +50,52 @@ def check(source: Source, place: Path) -> Checked:
     import llama_cpp
 
     architecture, rows = source.architecture, probe(source.architecture)
-    model = reference(architecture, dict(source.tensors))
-    wanted, found = [], []
     with _quietly(llama_cpp), _opened(llama_cpp, place) as opened:
-        for row in rows:
-            if architecture.decoder is None:
-                what = "hidden states" if architecture.head.classifier is None else "logits"
-                found.append(_states(llama_cpp, opened, row, architecture.d_model, architecture.head.classifier))
-                with torch.inference_mode():
-                    output = model(row[None])
-                wanted.append(output.last_hidden_state[0] if architecture.head.classifier is None else output.logits)
-            elif architecture.encoder is None:
-                what = "logits"
-                found.append(_logits(llama_cpp, opened, None, row, architecture.embedding.vocab_size))
-                with torch.inference_mode():
-                    wanted.append(model(row[None]).logits[0])
-            else:
-                what = "logits of the decoder"
-                target = _target(row, architecture.tokens.decoder_start)
-                found.append(_logits(llama_cpp, opened, row, target, architecture.embedding.vocab_size))
-                with torch.inference_mode():
-                    wanted.append(model(row[None], decoder_input_ids=target[None]).logits[0])
+        found = [_theirs(llama_cpp, opened, architecture, row) for row in rows]
         same, odd = _texts(llama_cpp, opened, source.tokenizer)
-    notes = tuple(f"llama.cpp's tokenizer cuts this text otherwise: {text!r}" for text in odd)
-    return Checked(f"llama.cpp ({llama_cpp.__version__})", what, compare(wanted, found), same, notes)
+    exact, as_stored = ([_ours(model, row) for row in rows] for model in _models(source, rounded))
+    what = "logits" if architecture.encoder is None or architecture.head.classifier is not None else "hidden states"
+    return Checked(
+        runtime=f"llama.cpp ({llama_cpp.__version__})",
+        what=what if architecture.decoder is None or architecture.encoder is None else "logits of the decoder",
+        difference=compare(exact, found),
+        running=compare(as_stored, found),
+        texts=same,
+        notes=tuple(f"llama.cpp's tokenizer cuts this text otherwise: {text!r}" for text in odd),
+    )
+
+
+def _models(source: Source, rounded: Mapping[str, Tensor]) -> Iterator[Transformer]:
+    for tensors in (source.tensors, rounded):
+        yield reference(source.architecture, dict(tensors))
+
+
+def _ours(model: Transformer, row: Tensor) -> Tensor:
+    """What the model makes of a row, as `_theirs`."""
+    architecture = model.architecture
+    with torch.inference_mode():
+        if architecture.encoder is not None and architecture.decoder is not None:
+            target = _target(row, architecture.tokens.decoder_start)
+            return _known(model(row[None], decoder_input_ids=target[None]).logits)[0]
+        output = model(row[None])
+        if architecture.decoder is not None:
+            return _known(output.logits)[0]
+        return output.last_hidden_state[0] if architecture.head.classifier is None else _known(output.logits)
+
+
+def _theirs(library: Any, opened: Any, architecture: Architecture, row: Tensor) -> Tensor:
+    """What llama.cpp makes of a row: places × numbers, or one place for a classifier."""
+    if architecture.decoder is None:
+        return _states(library, opened, row, architecture.d_model, architecture.head.classifier)
+    vocab_size = architecture.embedding.vocab_size
+    if architecture.encoder is None:
+        return _logits(library, opened, None, row, vocab_size)
+    return _logits(library, opened, row, _target(row, architecture.tokens.decoder_start), vocab_size)
+
+
+def _known(logits: Tensor | None) -> Tensor:
+    assert logits is not None
+    return logits
 
 
 def _target(row: Tensor, start: int | None) -> Tensor:

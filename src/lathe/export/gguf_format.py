@@ -13,6 +13,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from lathe.blueprint import stored
 from lathe.export.base import Checked, Format, Kind, Package, Source
 from lathe.export.gguf_layouts import layout_of, notes, objections, placed, sizes
 from lathe.export.gguf_vocabulary import Vocabulary, vocabulary, without
@@ -22,6 +26,7 @@ _FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7}
 # Looked up or added, not multiplied with: llama.cpp wants them as they are.
 _KEPT = ("position_embd.", "token_types.", "rope_freqs.", "attn_rel_b.")
 _TABLES = ("token_embd.weight", "output.weight")
+_OUR_TABLES = ("embedding.tokens.weight", "head.language.output.weight")
 
 
 def write(source: Source, kind: Kind, place: Path) -> list[str]:
@@ -99,13 +104,29 @@ def check(source: Source, kind: Kind, place: Path) -> Checked:
     """Run the file in llama.cpp beside the model."""
     from lathe.export.gguf_check import check as run
 
-    return run(source, place)
+    return run(source, place, rounded(source, kind))
+
+
+def rounded(source: Source, kind: Kind) -> dict[str, Tensor]:
+    """The model's tensors as a file of that type holds them, as numbers again."""
+    import gguf
+
+    tensors = dict(source.tensors)
+    for parameter in stored(source.architecture):
+        is_table = parameter.name in _OUR_TABLES
+        if parameter.role == "table" and not is_table:
+            continue
+        chosen = _type(_TABLES[0] if is_table else "", parameter.shape, kind.name)
+        qtype = gguf.GGMLQuantizationType[chosen.upper()]
+        codes = gguf.quants.quantize(tensors[parameter.name].numpy(), qtype)
+        tensors[parameter.name] = torch.from_numpy(gguf.quants.dequantize(codes, qtype))
+    return tensors
 
 
 FORMAT = Format(
     name="gguf",
     program="llama.cpp",
-    kinds=(Kind("f16", 16, 2e-2), Kind("f32", 32, 1e-2), Kind("q8_0", 8.5, 0.1), Kind("q4_0", 4.5, 0.7)),
+    kinds=(Kind("f16", 16, 2e-2), Kind("f32", 32, 1e-2), Kind("q8_0", 8.5, 0.3), Kind("q4_0", 4.5, 0.3)),
     directory=False,
     suffix=".gguf",
     writer=(Package("gguf", "gguf"),),

@@ -154,10 +154,9 @@ def _place(target: Path, form: Format, nbytes: int) -> Iterator[Path]:
 
 def _checked(form: Format, source: Source, kind: Kind, place: Path) -> Checked:
     checked = form.check(source, kind, place)
-    error = checked.difference.relative_error
-    if error > kind.limit:
+    if checked.error > kind.limit:
         raise LatheError(
-            f"{checked.runtime} computes other {checked.what} than the model: the difference is {error:.2g} of their "
-            f"spread, and {kind.limit:.2g} is what {kind.name} may cost; nothing was written"
+            f"{checked.runtime} computes other {checked.what} than the model: the difference is {checked.error:.2g} of "
+            f"their spread, and {kind.limit:.2g} is what {kind.name} may cost; nothing was written"
         )
     return checked
