@@ -70,15 +70,18 @@ class StreamedTransformer(Transformer):
                 setattr(module, name, tensor if is_buffer else nn.Parameter(tensor, requires_grad=False))
 
     def _empty(self, owners: list[nn.Module]) -> None:
+        is_freed = False
         for module in owners:
             self._uses[module] -= 1
             if self._uses[module]:
                 continue
+            is_freed = True
             for name in _own(module):
                 bare = torch.empty_like(getattr(module, name), device="meta")
                 is_buffer = name in module._buffers
                 setattr(module, name, bare if is_buffer else nn.Parameter(bare, requires_grad=False))
-        release()
+        if is_freed:
+            release()
 
 
 def _own(module: nn.Module) -> list[str]:
