@@ -33,36 +33,20 @@ class Runner:
 
         torch.set_num_threads(threads)
         self.torch, self.kind = torch, kind
-        self.model = lathe.load(files.resolve())
+        self.model: Any = lathe.load(files.resolve())
         self.called: Any = self.model
+        self.engine: Any = "torch"
         if precision:
-            self.called = _engine(self.model, precision)
+            self.called = self.engine = _engine(self.model, precision)
             self.step_bytes = self.called.step_bytes
 
     def generate(self, prompts: Ids, new: int) -> Ids:
         """Greedy; without an end token every row runs to its full length."""
         ids_BT = self.torch.tensor(prompts)
-        if self.called is not self.model:
-            return self._by_engine(ids_BT, new)
-        found_BT = self.model.generate(ids_BT, max_new_tokens=new, eos_token_id=None)
+        found_BT = self.model.generate(ids_BT, max_new_tokens=new, eos_token_id=None, engine=self.engine)
+        if self.called is not self.model and self.called.fallbacks:
+            raise Unfit(f"PyTorch's modules computed in the engine's place: {', '.join(self.called.fallbacks)}")
         tokens: Ids = found_BT[:, -new:].tolist()
-        return tokens
-
-    def _by_engine(self, ids_BT: Tensor, new: int) -> Ids:
-        """The steps of `lathe.generate`'s greedy loop, with the engine where the model would be."""
-        from lathe.generate.prompt import Prompt, start
-        from lathe.generate.rows import Rows
-
-        memory, prompt = None, Prompt(ids_BT, self.torch.ones_like(ids_BT))
-        if self.kind == "seq2seq":
-            memory = self.called.encode(ids_BT, None)
-            token = self.model.architecture.tokens.decoder_start
-            prompt = start(len(ids_BT), "decoder_start_token_id", token, ids_BT.device)
-        rows = Rows(self.called, prompt, new, memory)
-        found = [rows.prefill().argmax(dim=-1)]
-        for _ in range(new - 1):
-            found.append(rows.step(found[-1]).argmax(dim=-1))
-        tokens: Ids = self.torch.stack(found, dim=1).tolist()
         return tokens
 
     def encode(self, rows: Ids) -> np.ndarray:

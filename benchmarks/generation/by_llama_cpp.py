@@ -46,10 +46,9 @@ def prepare(model: Path, files: Path, kind: str, precision: str) -> None:
 def _export(model: Path, path: Path) -> None:
     import lathe
     from lathe.errors import RequestError
-    from lathe.export import export
 
     try:
-        export(lathe.load(model), path, to="gguf", kind="f32")
+        lathe.load(model).export(path, to="gguf", kind="f32")
     except RequestError as error:
         raise Unfit(str(error)) from None
 
@@ -124,6 +123,8 @@ class Runner:
         asked.n_threads = asked.n_threads_batch = self.threads
         if self.kind != "causal":
             asked.n_ubatch = batch * longest  # an encoder reads its rows at once
+        if self.kind == "seq2seq":
+            asked.kv_unified = True  # its relative positions know one stream of places only
         if self.kind == "encoder":
             asked.embeddings, asked.pooling_type = True, POOLING_NONE
         if self.precision == "F32":

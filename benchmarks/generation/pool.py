@@ -85,7 +85,7 @@ class Worker:
             lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
             last = next((each.strip() for each in reversed(lines) if each.strip()), f"exit code {code}")
             raise Broken(f"{last[:160]} (all of it is in {self.log})")
-        self._send(signal.SIGSTOP)
+        self._hold()
         answer: dict[str, Any] = json.loads(line)
         if "unfit" in answer:
             raise Unfit(answer["unfit"])
@@ -98,6 +98,12 @@ class Worker:
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
+
+    def _hold(self) -> None:
+        """Stop the process, and wait until it stands still."""
+        self._send(signal.SIGSTOP)
+        if hasattr(os, "waitid"):
+            os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def _send(self, number: signal.Signals) -> None:
         if self._process.poll() is None:

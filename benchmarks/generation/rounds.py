@@ -91,7 +91,7 @@ def measure(
                 if found[name].reason:
                     continue
                 try:
-                    rate = _turn(workers[name], shape, task)
+                    rate = _turn(workers[name], shape, task, number == 0)
                 except (Unfit, Broken) as reason:
                     found[name].gave_up(reason)
                     say(f"{shape.name}: {name}: {reason}")
@@ -107,7 +107,7 @@ def _turns(names: list[str], number: int) -> Iterator[str]:
     yield from names[start:] + names[:start]
 
 
-def _turn(worker: Worker, shape: Shape, task: Task) -> float:
+def _turn(worker: Worker, shape: Shape, task: Task, first_time: bool) -> float:
     """Tokens a second."""
     rows = shape.prompts(task.batch, task.length, SEED)
     if task.what == "encode":
@@ -116,12 +116,12 @@ def _turn(worker: Worker, shape: Shape, task: Task) -> float:
     if task.what == "prefill":
         worker.ask("generate", prompts=rows, new=1)
         return task.batch * task.length / _seconds(worker.ask("generate", prompts=rows, new=1))
-    # The warm-up is as long as the call that counts where that is cheap: a compiled step may come by length.
-    worker.ask("generate", prompts=rows, new=min(task.new, 16))
+    # The first time the warm-up is as long as the call that counts: a compiled step can be for one length only.
+    worker.ask("generate", prompts=rows, new=task.new if first_time else min(task.new, 16))
     first = _seconds(worker.ask("generate", prompts=rows, new=1))
     whole = _seconds(worker.ask("generate", prompts=rows, new=task.new))
     return task.batch * (task.new - 1) / max(whole - first, 1e-9)
 
 
 def _seconds(answer: dict[str, Any]) -> float:
-    return min(answer["seconds"])
+    return float(min(answer["seconds"]))

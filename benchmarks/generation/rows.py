@@ -58,10 +58,10 @@ ROWS = (
     Row("OpenVINO FP32", "openvino", 32, 4, options={"precision": "fp32"}, usual=False),
     Row("OpenVINO INT8", "openvino", 8, 1, options={"precision": "int8"}),
     Row("OpenVINO INT4", "openvino", 4, 0.5 + 2 / 128, 1, options={"precision": "int4"}),
-    Row("Lathe", "lathe", 32, 4),
-    Row("Lathe engine float32", "lathe", 32, 4, options={"precision": "float32"}),
-    Row("Lathe engine int8", "lathe", 8, 1, options={"precision": "int8"}),
-    Row("Lathe engine int4", "lathe", 4, 0.5, options={"precision": "int4"}),
+    Row("Lathe modules", "lathe", 32, 4),
+    Row("Lathe float32", "lathe", 32, 4, options={"precision": "float32"}),
+    Row("Lathe int8", "lathe", 8, 1, options={"precision": "int8"}),
+    Row("Lathe int4", "lathe", 4, 0.5, options={"precision": "int4"}),
 )
 
 

@@ -25,12 +25,21 @@ TABLE_SCALE = 0.02
 
 @dataclass(frozen=True)
 class Shape:
-    """One model: a preset of Lathe's and what is changed in it."""
+    """One model: a preset of Lathe's and what is changed in it.
+
+    Args:
+        name: as it is printed, and as `--shapes` takes it.
+        preset: of Lathe's.
+        kind: causal, seq2seq or encoder.
+        changes: fields of the architecture.
+        aimed: whether the aims are for it.
+    """
 
     name: str
     preset: str
-    kind: str  # causal, seq2seq, encoder
+    kind: str
     changes: dict[str, Any] = field(default_factory=dict)
+    aimed: bool = False
 
     def cut_to(self, layers: int | None) -> Shape:
         """This shape with so many layers; itself where None."""
@@ -85,12 +94,13 @@ class Shape:
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("t5-small", "t5-small", "seq2seq"),
+        Shape("t5-small", "t5-small", "seq2seq", aimed=True),
         Shape(
             "llama",
             "llama-2-7b",
             "causal",
             {"d_model": 768, "n_layers": 12, "d_ff": 2048, "n_heads": 12, "n_kv_heads": 12, "d_head": 64},
+            aimed=True,
         ),
         Shape("gpt2", "gpt2", "causal"),
         Shape("bert-base", "bert-base-uncased", "encoder"),

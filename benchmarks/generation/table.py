@@ -1,4 +1,4 @@
-"""What is printed: a Markdown table for each shape, and under it how Lathe stands to the best of its peers."""
+"""What is printed: a Markdown table for each shape, then how Lathe stands to the best of its peers, and its aims."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import platform
 from collections.abc import Iterable
 from pathlib import Path
 
+from benchmarks.generation.aims import aims_table
 from benchmarks.generation.bandwidth import Bandwidth
 from benchmarks.generation.checks import Agreement
 from benchmarks.generation.rounds import Figures
@@ -72,7 +73,8 @@ def shape_table(shape: Shape, found: Iterable[Figures], agreement: Agreement | N
         if any(each.errors for each in rows):
             cells.append(_errors(row))
         lines.append(f"| {row.name} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, *ratios(rows, tasks)])
+    held = aims_table(rows) if shape.aimed and any(row.ours and row.medians for row in rows) else []
+    return "\n".join([*lines, *ratios(rows, tasks), *held])
 
 
 def ratios(rows: list[Figures], tasks: list[str]) -> list[str]:

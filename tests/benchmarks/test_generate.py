@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import lathe
+from benchmarks.generation.aims import aims
 from benchmarks.generation.bandwidth import by_torch, read_bandwidth
 from benchmarks.generation.base import Unfit, log_probs, versions
 from benchmarks.generation.checks import Agreement, errors, first_difference, relative_error, same_tokens
@@ -47,7 +48,7 @@ def test_a_step_reads_each_matrix_of_the_decoder_and_the_head_once():
 
 def test_fewer_layers_are_another_shape():
     cut = SHAPES["gpt2"].cut_to(2)
-    assert (cut.name, cut.architecture().decoder.n_layers) == ("gpt2-2", 2)
+    assert (cut.name, [stack.n_layers for _, stack in cut.architecture().stacks]) == ("gpt2-2", [2])
     assert SHAPES["gpt2"].cut_to(None) is SHAPES["gpt2"]
 
 
@@ -61,7 +62,8 @@ def test_prompts_are_the_same_each_time_and_inside_the_vocabulary():
 
 def test_rows_are_named_by_the_beginnings_of_their_keys():
     assert [row.name for row in chosen(["llamacpp-q"])] == ["llama.cpp Q8_0", "llama.cpp Q4_0"]
-    assert [row.name for row in chosen(["transformers", "lathe"])] == ["transformers", "Lathe"]
+    assert [row.name for row in chosen(["transformers", "Lathe-int8"])] == ["transformers", "Lathe int8"]
+    assert len(chosen(["lathe"])) == 4
     assert chosen(["all"]) == list(ROWS)
     assert "transformers, compiled" not in [row.name for row in chosen(None)]
     with pytest.raises(ValueError, match="--contestants vllm: expected all, or one of transformers, "):
@@ -143,12 +145,12 @@ def test_the_table_holds_ratios_to_the_best_of_the_width_and_of_all():
         Figures("transformers", 32, False, medians={"decode-1": 10.0}),
         Figures("Wide", 32, False, medians={"decode-1": 20.0}),
         Figures("Narrow", 8, False, medians={"decode-1": 40.0}, share=0.5, errors={"logits": 0.01}),
-        Figures("Lathe engine int8", 8, True, medians={"decode-1": 60.0}, first_token={"cold": 2.0, "warm": 1.0}),
+        Figures("Lathe int8", 8, True, medians={"decode-1": 60.0}, first_token={"cold": 2.0, "warm": 1.0}),
         Figures("Gone", 8, False, reason="not installed: pip install gone"),
     ]
     bandwidth = by_torch(1, 1, 1)
     said = shape_table(TINY, rows, Agreement(6, ("transformers",), {"Wide": "leaves it"}), bandwidth)
-    assert "| Lathe engine int8 | 1.50× / 1.50× / 6.00× |" in said
+    assert "| Lathe int8 | 1.50× / 1.50× / 6.00× |" in said
     assert "| best peer of any width | Narrow |" in said
     assert "| Gone | not installed: pip install gone |" in said
     assert "| Narrow | 40 | 50% | – | – | 1.0e-02 logits |" in said
@@ -166,3 +168,21 @@ def test_a_package_that_is_not_there_is_named():
     assert versions("lathe", missing="pip install lathe").startswith("lathe ")
     with pytest.raises(Unfit, match="not installed: pip install it"):
         versions("lathe", "no-such-package-of-anyone", missing="pip install it")
+
+
+def test_aims_are_reached_missed_or_not_measured():
+    rows = [
+        Figures("transformers", 32, False, medians={"decode-1": 10.0, "decode-8": 90.0}),
+        Figures("CTranslate2 int8", 8, False, medians={"decode-1": 20.0, "decode-8": 120.0}),
+        Figures("Lathe int8", 8, True, medians={"decode-1": 60.0, "decode-8": 100.0}, share=0.5),
+    ]
+    assert {aim.name: (aim.found, aim.word) for aim in aims(rows) if aim.found is not None} == {
+        "batch 1 / CTranslate2's best": (3.0, "reached"),
+        "batch 1 / transformers": (6.0, "missed"),
+        "batch 1, int8, share of the bandwidth limit": (0.5, "missed"),
+        "decode-8 / the best peer of any width": (100 / 120, "missed"),
+    }
+    assert [aim.line for aim in aims(rows) if aim.found is None] == [
+        "| batch 1, int8 / llama.cpp Q8_0 | 1.5 | not measured | |",
+        "| batch 1, int4 / llama.cpp Q4_0 | 1.5 | not measured | |",
+    ]
