@@ -64,8 +64,17 @@ struct Attend {
     const float* bias;   // head h, key s, place p: bias[h * bias_head + s - p]; null for none
     long bias_head;
     float scale;
-    float* scratch;      // 4 × (keys + 16)
+    float* scratch;      // `scratch_size` numbers
 };
+
+// From so many tokens on, turning the keys pays.
+constexpr int kManyTokens = 8;
+
+// What `Attend` needs beside it, for any number of tokens.
+inline long scratch_size(long keys, long d_head, bool many) {
+    const long padded = (keys + kPanel - 1) / kPanel * kPanel;
+    return many ? padded * (d_head + 12) : 4 * (keys + 16);
+}
 
 struct Kernels {
     const char* name;

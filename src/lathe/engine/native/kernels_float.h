@@ -117,20 +117,63 @@ void multiply_float(float* tile, const float* x, long stride, int rows, const Li
     }
 }
 
-void pack_float(float* panel, const Linear& w, int first, int columns) {
-    const float* weight = (const float*)w.weight + (long)first * w.inputs;
+#if defined(__AVX512F__)
+// A square of 16 × 16 numbers, turned: pairs, then fours, then quarters of vectors change places.
+INLINE void turn_16(float* to, const float* from, long stride) {
+    __m512 a[16], b[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(from + i * stride);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i += 4) {
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j) {
+            const __m512d low = _mm512_castps_pd(b[i + j]), high = _mm512_castps_pd(b[i + j + 2]);
+            a[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+            a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+        }
+    }
+    // a[4 g + r] holds, in its quarter q, column 4 q + r of rows 4 g … 4 g + 3.
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+        const __m512 low01 = _mm512_shuffle_f32x4(a[r], a[4 + r], 0x44), high01 = _mm512_shuffle_f32x4(a[r], a[4 + r], 0xEE);
+        const __m512 low23 = _mm512_shuffle_f32x4(a[8 + r], a[12 + r], 0x44);
+        const __m512 high23 = _mm512_shuffle_f32x4(a[8 + r], a[12 + r], 0xEE);
+        _mm512_storeu_ps(to + (0 + r) * kPanel, _mm512_shuffle_f32x4(low01, low23, 0x88));
+        _mm512_storeu_ps(to + (4 + r) * kPanel, _mm512_shuffle_f32x4(low01, low23, 0xDD));
+        _mm512_storeu_ps(to + (8 + r) * kPanel, _mm512_shuffle_f32x4(high01, high23, 0x88));
+        _mm512_storeu_ps(to + (12 + r) * kPanel, _mm512_shuffle_f32x4(high01, high23, 0xDD));
+    }
+}
+#endif
+
+// `columns` rows of w to a panel, inputs × 32; what is left of the 32 is zero.
+void turn(float* panel, const float* w, long w_stride, int columns, int inputs) {
+    int i = 0;
+#if defined(__AVX512F__)
+    for (; columns == kPanel && i + 16 <= inputs; i += 16)
+        for (int half = 0; half < kPanel; half += 16) turn_16(panel + (long)i * kPanel + half, w + half * w_stride + i, w_stride);
+#endif
     // Sixteen inputs at a time: a cache line of each output is read once, and the written lines stay close.
-    for (int i = 0; i < w.inputs; i += 16) {
-        const int end = i + 16 < w.inputs ? i + 16 : w.inputs;
+    for (; i < inputs; i += 16) {
+        const int end = i + 16 < inputs ? i + 16 : inputs;
         for (int n = 0; n < columns; ++n)
-            for (int k = i; k < end; ++k) panel[(long)k * kPanel + n] = weight[(long)n * w.inputs + k];
+            for (int k = i; k < end; ++k) panel[(long)k * kPanel + n] = w[n * w_stride + k];
         for (int n = columns; n < kPanel; ++n)
             for (int k = i; k < end; ++k) panel[(long)k * kPanel + n] = 0;
     }
 }
 
+void pack_float(float* panel, const Linear& w, int first, int columns) {
+    turn(panel, (const float*)w.weight + (long)first * w.inputs, w.inputs, columns, w.inputs);
+}
+
 template <int M>
-INLINE void packed_rows(float* tile, const float* x, long stride, const float* panel, int inputs) {
+INLINE void packed_rows(float* tile, long tile_stride, const float* x, long stride, const float* panel, int inputs) {
     vf sums[M][kPanelVectors];
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
@@ -150,35 +193,40 @@ INLINE void packed_rows(float* tile, const float* x, long stride, const float* p
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
-        for (int n = 0; n < kPanelVectors; ++n) store(tile + m * kPanel + n * L, sums[m][n]);
+        for (int n = 0; n < kPanelVectors; ++n) store(tile + m * tile_stride + n * L, sums[m][n]);
 }
 
-void multiply_packed(float* tile, const float* x, long stride, int rows, const float* panel, int inputs) {
+// tile[m × n] = x · panel for any number of rows and the 32 outputs of a panel.
+void packed_product(float* tile, long tile_stride, const float* x, long stride, int rows, const float* panel, int inputs) {
     const int blocks = (rows + kPackedRows - 1) / kPackedRows;
     for (int block = 0, m = 0; block < blocks; ++block) {
         const int count = (rows - m + blocks - block - 1) / (blocks - block);
-        float* to = tile + m * kPanel;
+        float* to = tile + m * tile_stride;
         const float* from = x + m * stride;
         switch (count) {
-            case 1: packed_rows<1>(to, from, stride, panel, inputs); break;
-            case 2: packed_rows<2>(to, from, stride, panel, inputs); break;
+            case 1: packed_rows<1>(to, tile_stride, from, stride, panel, inputs); break;
+            case 2: packed_rows<2>(to, tile_stride, from, stride, panel, inputs); break;
 #if defined(__AVX2__)
-            case 3: packed_rows<3>(to, from, stride, panel, inputs); break;
+            case 3: packed_rows<3>(to, tile_stride, from, stride, panel, inputs); break;
 #endif
 #if defined(__AVX512F__)
-            case 4: packed_rows<4>(to, from, stride, panel, inputs); break;
-            case 5: packed_rows<5>(to, from, stride, panel, inputs); break;
-            case 6: packed_rows<6>(to, from, stride, panel, inputs); break;
-            case 7: packed_rows<7>(to, from, stride, panel, inputs); break;
-            case 8: packed_rows<8>(to, from, stride, panel, inputs); break;
-            case 9: packed_rows<9>(to, from, stride, panel, inputs); break;
-            case 10: packed_rows<10>(to, from, stride, panel, inputs); break;
-            case 11: packed_rows<11>(to, from, stride, panel, inputs); break;
-            case 12: packed_rows<12>(to, from, stride, panel, inputs); break;
+            case 4: packed_rows<4>(to, tile_stride, from, stride, panel, inputs); break;
+            case 5: packed_rows<5>(to, tile_stride, from, stride, panel, inputs); break;
+            case 6: packed_rows<6>(to, tile_stride, from, stride, panel, inputs); break;
+            case 7: packed_rows<7>(to, tile_stride, from, stride, panel, inputs); break;
+            case 8: packed_rows<8>(to, tile_stride, from, stride, panel, inputs); break;
+            case 9: packed_rows<9>(to, tile_stride, from, stride, panel, inputs); break;
+            case 10: packed_rows<10>(to, tile_stride, from, stride, panel, inputs); break;
+            case 11: packed_rows<11>(to, tile_stride, from, stride, panel, inputs); break;
+            case 12: packed_rows<12>(to, tile_stride, from, stride, panel, inputs); break;
 #endif
         }
         m += count;
     }
+}
+
+void multiply_packed(float* tile, const float* x, long stride, int rows, const float* panel, int inputs) {
+    packed_product(tile, kPanel, x, stride, rows, panel, inputs);
 }
 
 }  // namespace

@@ -7,6 +7,14 @@
 
 namespace {
 
+// Queries whose scores are computed together, and how many of them read the values together.
+constexpr int kQueries = 12;
+#if defined(__AVX512F__)
+constexpr int kGathered = 6;
+#else
+constexpr int kGathered = 2;
+#endif
+
 using lathe::Attend;
 using lathe::Norm;
 
@@ -53,28 +61,44 @@ INLINE vf activate(vf x, int activation) {
     }
 }
 
-void finish(float* to, long stride, const float* tile, const float* gate, int rows, int columns, const float* bias,
-            const float* gate_bias, float scale, int activation, int add) {
-    for (int m = 0; m < rows; ++m)
-        for (int i = 0; i < columns; i += L) {
-            const int count = columns - i < L ? columns - i : L;
-            const bool whole = count == L;
+template <int ACTIVATION, bool GATE, bool ADD>
+void finish_rows(float* to, long stride, const float* tile, const float* gate, int rows, int columns, const float* bias,
+                 const float* gate_bias, float scale) {
+    for (int i = 0; i < columns; i += L) {
+        const int count = columns - i < L ? columns - i : L;
+        const bool whole = count == L;
+        const vf by = all(scale);
+        const vf more = !bias ? vf{} : whole ? load(bias + i) : load_some(bias + i, count);
+        const vf gate_more = !gate_bias ? vf{} : whole ? load(gate_bias + i) : load_some(gate_bias + i, count);
+        for (int m = 0; m < rows; ++m) {
             float* out = to + m * stride + i;
-            vf x = load(tile + m * kPanel + i) * all(scale);
-            if (bias) x += whole ? load(bias + i) : load_some(bias + i, count);
-            if (gate) {
-                vf g = load(gate + m * kPanel + i) * all(scale);
-                if (gate_bias) g += whole ? load(gate_bias + i) : load_some(gate_bias + i, count);
-                x *= activate(g, activation);
-            } else {
-                x = activate(x, activation);
-            }
-            if (add) x += whole ? load(out) : load_some(out, count);
+            vf x = load(tile + m * kPanel + i) * by + more;
+            if (GATE)
+                x *= activate(load(gate + m * kPanel + i) * by + gate_more, ACTIVATION);
+            else
+                x = activate(x, ACTIVATION);
+            if (ADD) x += whole ? load(out) : load_some(out, count);
             if (whole)
                 store(out, x);
             else
                 store_some(out, x, count);
         }
+    }
+}
+
+void finish(float* to, long stride, const float* tile, const float* gate, int rows, int columns, const float* bias,
+            const float* gate_bias, float scale, int activation, int add) {
+    using Finish = void (*)(float*, long, const float*, const float*, int, int, const float*, const float*, float);
+    static constexpr Finish plain[] = {finish_rows<-1, false, false>, finish_rows<0, false, false>,
+                                       finish_rows<1, false, false>,  finish_rows<2, false, false>,
+                                       finish_rows<3, false, false>,  finish_rows<4, false, false>,
+                                       finish_rows<5, false, false>};
+    static constexpr Finish gated[] = {finish_rows<-1, true, false>, finish_rows<0, true, false>,
+                                       finish_rows<1, true, false>,  finish_rows<2, true, false>,
+                                       finish_rows<3, true, false>,  finish_rows<4, true, false>,
+                                       finish_rows<5, true, false>};
+    const Finish chosen = add ? finish_rows<-1, false, true> : gate ? gated[activation + 1] : plain[activation + 1];
+    chosen(to, stride, tile, gate, rows, columns, bias, gate_bias, scale);
 }
 
 // Channel i and channel i + d_head / 2 of each head turn by one angle.
@@ -196,7 +220,7 @@ INLINE void attend_block(const Attend& a, const float* q, long q_stride, float* 
     gather_rows<M>(out, out_stride, p, width, a.v + first * a.key, a.key, count, a.d_head);
 }
 
-void attend(const Attend& a) {
+void attend_few(const Attend& a) {
     // One token: its heads are a block. Several: each head's tokens are, four at a time, for they share the keys.
     const bool by_heads = a.tokens == 1;
     const int outer = by_heads ? 1 : a.heads, inner = by_heads ? a.heads : a.tokens;
@@ -224,6 +248,57 @@ void attend(const Attend& a) {
                 attend_block<1>(a, q, q_stride, out, out_stride, low, high, place, bias);
             i += count;
         }
+}
+
+// Several tokens: the keys are turned into panels once, and twelve queries of a head at a time meet 32 keys without
+// a sum across lanes.
+void attend_many(const Attend& a) {
+    const int panels = (a.keys + kPanel - 1) / kPanel;
+    const long width = (long)panels * kPanel;
+    float* turned = a.scratch;
+    float* p = turned + width * a.d_head;
+    for (int panel = 0; panel < panels; ++panel) {
+        const int count = a.keys - panel * kPanel < kPanel ? a.keys - panel * kPanel : kPanel;
+        turn(turned + (long)panel * kPanel * a.d_head, a.k + (long)panel * kPanel * a.key, a.key, count, a.d_head);
+    }
+    for (int head = 0; head < a.heads; ++head)
+        for (int t = 0; t < a.tokens; t += kQueries) {
+            const int count = a.tokens - t < kQueries ? a.tokens - t : kQueries;
+            const int last = a.causal ? a.first + t + count : a.keys;
+            const int seen = a.causal && a.window > 0 && a.first + t + 1 > a.window ? a.first + t + 1 - a.window : 0;
+            const int start = seen / kPanel * kPanel;  // the first panel that any of them sees
+            const float* q = a.q + t * a.q_token + (long)head * a.d_head;
+            for (int key = start; key < last; key += kPanel)
+                packed_product(p + key, width, q, a.q_token, count, turned + (long)key * a.d_head, a.d_head);
+            for (int m = 0; m < count; ++m) {
+                const int place = a.first + t + m, high = a.causal ? place + 1 : a.keys;
+                const int low = a.causal && a.window > 0 && high > a.window ? high - a.window : 0;
+                float* row = p + m * width;
+                for (int s = start; s < low; ++s) row[s] = 0;
+                for (int s = high; s < last; ++s) row[s] = 0;
+                soften(row + low, high - low, a.scale, a.bias ? a.bias + head * a.bias_head + low - place : nullptr);
+            }
+            float* out = a.out + t * a.out_token + (long)head * a.d_head;
+            for (int m = 0; m < count;) {
+                float* to = out + m * a.out_token;
+                const float* from = p + m * width + start;
+                const float* v = a.v + start * a.key;
+                if (count - m >= kGathered) {
+                    gather_rows<kGathered>(to, a.out_token, from, width, v, a.key, last - start, a.d_head);
+                    m += kGathered;
+                } else {
+                    gather_rows<1>(to, a.out_token, from, width, v, a.key, last - start, a.d_head);
+                    m += 1;
+                }
+            }
+        }
+}
+
+void attend(const Attend& a) {
+    if (a.tokens >= lathe::kManyTokens)
+        attend_many(a);
+    else
+        attend_few(a);
 }
 
 }  // namespace

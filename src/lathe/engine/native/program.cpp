@@ -5,6 +5,10 @@
 #include <cstring>
 #include <new>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "pool.h"
 
 namespace lathe {
@@ -13,6 +17,7 @@ namespace {
 
 constexpr int kTileRows = 96;      // of a product that are held before they are finished
 constexpr int kPackFrom = 32;      // rows from which turning a float matrix pays
+constexpr size_t kLargePage = 2 << 20;
 constexpr int kSlack = 16;         // beside each row, so that rows do not fall on the same cache sets
 
 long rounded_up(long number, long to) { return (number + to - 1) / to * to; }
@@ -27,8 +32,13 @@ public:
         if (bytes > size_) {
             std::free(start_);
             start_ = nullptr, size_ = 0;
-            start_ = std::aligned_alloc(64, bytes);
+            // Rows of a prompt lie pages apart, more of them than the processor remembers: large blocks take large pages.
+            const size_t page = bytes >= kLargePage ? kLargePage : 64;
+            start_ = std::aligned_alloc(page, (size_t)rounded_up((long)bytes, (long)page));
             if (start_ == nullptr) throw std::bad_alloc();
+#if defined(__linux__)
+            if (page == kLargePage) madvise(start_, bytes, MADV_HUGEPAGE);
+#endif
             std::memset(start_, 0, bytes);
             size_ = bytes;
         }
@@ -103,6 +113,7 @@ void Program::lay_out(const Call& call, bool reads_memory) {
     reads_memory_ = reads_memory;
     rows_.clear(), kept_.clear(), ids_.clear(), types_.clear(), positions_.clear();
     int longest = 0;  // keys of any row
+    bool many = false;
     for (int b = 0; b < call.batch; ++b) {
         Row row{(int)ids_.size(), 0, call.lengths ? (int)call.lengths[b] : 0};
         for (int t = 0; t < call.columns; ++t) {
@@ -117,6 +128,7 @@ void Program::lay_out(const Call& call, bool reads_memory) {
             ++row.count;
         }
         longest = std::max(longest, (call.lengths ? row.place : 0) + row.count);
+        many = many || row.count >= kManyTokens;
         rows_.push_back(row);
     }
     tokens_ = (int)ids_.size();
@@ -141,7 +153,7 @@ void Program::lay_out(const Call& call, bool reads_memory) {
     while ((int)space.own.size() < threads_) space.own.emplace_back(new Workspace::Own);
     for (auto& own : space.own) {
         own->tiles.at_least<float>(2 * kTileRows * kPanel);
-        own->scores.at_least<float>(4 * (size_t)(longest + 16));
+        own->scores.at_least<float>((size_t)std::max(scratch_size(longest, attention_.d_head, false), many ? scratch_size(longest, attention_.d_head, true) : 0));
         own->row.at_least<float>((size_t)widest_ + 16);
         own->codes.at_least<int8_t>((size_t)widest_ + 64);
         own->sums.at_least<int32_t>((size_t)most_sums_);

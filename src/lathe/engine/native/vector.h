@@ -33,7 +33,15 @@ typedef int32_t vi __attribute__((vector_size(L * 4), may_alias));
 
 INLINE vf load(const float* p) { return *(const vf_anywhere*)p; }
 INLINE void store(float* p, vf x) { *(vf_anywhere*)p = x; }
-INLINE vf all(float x) { return vf{} + x; }
+INLINE vf all(float x) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_set1_ps(x);
+#elif defined(__AVX2__)
+    return (vf)_mm256_set1_ps(x);
+#else
+    return vf{x, x, x, x};  // not vf{} + x, which really adds: x may be -0
+#endif
+}
 
 // The first n of the lanes, 0 < n < L; the others are zero, and memory past the n is not touched.
 INLINE vf load_some(const float* p, int n) {
