@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lathe._version import __version__
 
 if TYPE_CHECKING:
-    from lathe.api import Model, heal, load, plan_budget, resize
+    from lathe.api import Model, heal, load, plan_budget, quantize, resize
     from lathe.architecture import Architecture
     from lathe.errors import LatheError, RequestError
     from lathe.generate.encode import classify, encode
@@ -35,6 +35,7 @@ _HOMES = {
     "plan": "lathe.planner",
     "plan_budget": "lathe.api",
     "preset": "lathe.presets",
+    "quantize": "lathe.api",
     "resize": "lathe.api",
 }
 
@@ -53,6 +54,7 @@ __all__ = [
     "plan",
     "plan_budget",
     "preset",
+    "quantize",
     "resize",
 ]
 

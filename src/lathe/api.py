@@ -28,11 +28,13 @@ from lathe.errors import RequestError
 from lathe.families import class_name, family, holder, read_config, write_config
 from lathe.families.adapter import Reader, fuse, to_disk
 from lathe.model.transformer import Transformer
+from lathe.quantization.place import codes_of, fill, refuse_quantized
 from lathe.spec import plain
 from lathe.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from lathe.export.job import Exported
+    from lathe.model.codes import Codes
     from lathe.planner import Plan
     from lathe.reshape import Step
     from lathe.reshape.budget import BudgetPlan
@@ -49,6 +51,7 @@ class Model(Transformer):
     Args:
         architecture: every size and choice.
         tensors: the weights by the blueprint's names, used as they are; None draws new ones from `seed`.
+        codes: its quantised matrices, by the same names; they are none of `tensors`.
         tokenizer: text to ids and back; None where the model has none.
         generation: settings that `generate` starts from (`generation_config.json`).
         config: the Hugging Face config that the model came with.
@@ -66,6 +69,7 @@ class Model(Transformer):
         architecture: Architecture,
         tensors: Mapping[str, Tensor] | None = None,
         *,
+        codes: Mapping[str, Codes] | None = None,
         seed: int = 0,
         tokenizer: Tokenizer | None = None,
         generation: Mapping[str, Any] | None = None,
@@ -77,8 +81,7 @@ class Model(Transformer):
         given = tensors is not None
         super().__init__(architecture, seed=None if given else seed, device="meta" if given else None)
         if tensors is not None:
-            self.load_state_dict(dict(tensors), assign=True)
-            self.requires_grad_(True)
+            fill(self, tensors, codes or {})
         self.tokenizer = tokenizer
         self.generation = dict(generation or {})
         self.config = dict(config or {})
@@ -95,7 +98,7 @@ class Model(Transformer):
     ) -> Self:
         """The model of an opened checkpoint."""
         parameters = checkpoint.parameters
-        tensors = {name: parameters.tensor(name) for name in parameters.names()}
+        tensors = {name: parameters.tensor(name) for name in parameters.names() if name not in checkpoint.codes}
         if parameters.left_out:
             log.warning(
                 "left out %d tensors of heads that the config's class does not have: %s",
@@ -108,6 +111,7 @@ class Model(Transformer):
         return cls(
             checkpoint.architecture,
             tensors,
+            codes=checkpoint.codes,
             tokenizer=tokenizer,
             generation=checkpoint.generation,
             config=checkpoint.config,
@@ -117,7 +121,10 @@ class Model(Transformer):
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every stored parameter by the blueprint's name, detached; an active adapter is folded in (`lathe.adapt`)."""
+        """Every stored parameter by the blueprint's name, detached; an active adapter is folded in (`lathe.adapt`).
+
+        Of a quantised matrix these are the numbers that its codes stand for.
+        """
         return folded_tensors(self)
 
     def save(
@@ -132,7 +139,8 @@ class Model(Transformer):
 
         Stock `transformers` opens it where the architecture's family can hold it; otherwise it is Lathe's own
         form, and a warning names the reasons. An active adapter is folded in, so that what is opened computes what
-        this model computes; `lathe.adapt.save_adapter` writes the adapter alone.
+        this model computes; `lathe.adapt.save_adapter` writes the adapter alone. A quantised model is written in
+        codes (`lathe.checkpoint.compressed`).
 
         A model that was resized gets what `lathe resize` writes as well: its recipe (`lathe.json`), `report.html`, and
         a model card (`README.md`).
@@ -143,7 +151,7 @@ class Model(Transformer):
             report: open what was written once more, compare, and write the report and the card of a resized model.
 
         Raises:
-            RequestError: `path` exists.
+            RequestError: `path` exists, or an adapter is on a quantised model.
             LatheError: the disk is full; nothing is left behind.
 
         >>> import lathe, tempfile
@@ -153,10 +161,17 @@ class Model(Transformer):
         True
         """
         if self.history is None:
+            codes = codes_of(self)
+            if codes and adapter_names(self):
+                raise RequestError(
+                    "an adapter is on a quantised model, and folded in it would be rounded again: write the adapter "
+                    "alone (lathe.adapt.save_adapter)"
+                )
             saved = save_checkpoint(
                 path,
                 self.architecture,
-                self.tensors(),
+                {name: tensor for name, tensor in self.tensors().items() if name not in codes},
+                codes=codes,
                 tokenizer=self.tokenizer,
                 generation=self.generation,
                 config=self.config,
@@ -282,7 +297,8 @@ def load(
         if revision is not None:
             raise RequestError(f"revision={revision}: {model} is an adapter's directory, which has none; leave it out")
         return _from_adapter(model, device, dtype)
-    loaded = Model.from_checkpoint(open_checkpoint(model, revision), device=device, dtype=dtype)
+    checkpoint = open_checkpoint(model, revision, quantized=True)
+    loaded = Model.from_checkpoint(checkpoint, device=device, dtype=dtype)
     loaded.name = str(model)
     return loaded
 
@@ -338,6 +354,7 @@ def resize(
     from lathe.reshape.text import TextSettings
     from lathe.reshape.vocabulary import Vocabulary
 
+    refuse_quantized(model, "resize it")
     asked = vocabulary if vocabulary is None or isinstance(vocabulary, Vocabulary) else Vocabulary(vocabulary)
     text, batches = None, []
     if isinstance(calibrate, str | os.PathLike):
@@ -394,6 +411,80 @@ def resize(
     return resized
 
 
+def quantize(
+    model: Model,
+    *,
+    bits: int = 8,
+    calibrate: str | os.PathLike[str] | Iterable[Tensor | Mapping[str, Tensor]] = (),
+    activations: str | None = None,
+    group: int | None = None,
+    symmetric: bool = True,
+    method: str | None = None,
+    tables: int = 8,
+    keep: Iterable[str] = (),
+    seed: int = 0,
+) -> Model:
+    """A copy of a model with its matrices in int8 or int4; the model itself is left as it is.
+
+    Args:
+        bits: of the linear layers: 8 or 4.
+        calibrate: text that the codes are chosen on, as `resize` takes it; for 4 bits it is what keeps the loss.
+        activations: `int8` rounds the inputs too, each token to its own scale, and multiplies whole numbers; `none`
+            does not. `int8` where left out and there is a scale a row.
+        group: weights of a row that share a scale: 32, 64, 128, or 0 for a row; 0 for 8 bits, 32 for 4.
+        symmetric: whether codes have no zero point; with one, 4 bits are a little closer, and stock `transformers` does
+            not open the files.
+        method: `nearest`, or `gptq`, which has the codes of a layer make up for each other's errors on the text;
+            `gptq` for 4 bits where there is text.
+        tables: bits of the token table and the output matrix: 8, 4, or 16 to leave them alone.
+        keep: layers that are left alone: names, the beginnings of names, or patterns with `*`.
+        seed: of the text that is drawn.
+
+    Raises:
+        RequestError: a setting that cannot be, a layer that is not there, a model that is quantised already, or too
+            little text.
+
+    Example:
+        >>> import lathe
+        >>> tiny = lathe.preset("gpt2").with_(d_model=32, n_heads=2, d_head=16, d_ff=64, n_layers=1)
+        >>> small = lathe.quantize(lathe.Model(tiny, seed=0), bits=4, keep=["decoder.attention"])
+        >>> small.decoder.feed_forward[0].up
+        QuantizedLinear(32 → 64, 4 bits)
+    """
+    from lathe.quantization.quantise import quantise
+    from lathe.quantization.settings import QuantizeSettings
+
+    settings = QuantizeSettings(
+        bits=bits,
+        activations=activations,
+        group=group,
+        symmetric=symmetric,
+        method=method,
+        tables=tables,
+        keep=tuple(keep),
+    )
+    refuse_quantized(model, "quantise it")
+    if isinstance(calibrate, str | os.PathLike):
+        from lathe.reshape.text import TextSettings, lay, read_documents
+
+        text = TextSettings(file=os.fspath(calibrate), seed=seed)
+        tokenizer = _require_tokenizer(model, text.file)
+        documents, _ = read_documents(text, tokenizer, apart=False)
+        batches = lay(documents, text, model.architecture, tokenizer).inputs
+    else:
+        batches = [_as_batch(model, each) for each in calibrate]
+    chosen = quantise(model, settings, batches)
+    return Model(
+        model.architecture,
+        {name: tensor for name, tensor in model.tensors().items() if name not in chosen.codes},
+        codes=chosen.codes,
+        tokenizer=model.tokenizer,
+        generation=model.generation,
+        config=model.config,
+        device=model.device,
+    )
+
+
 def plan_budget(
     model: Model,
     *,
@@ -435,6 +526,7 @@ def plan_budget(
     from lathe.reshape.budget_job import plan_for
     from lathe.reshape.vocabulary import settings_ids
 
+    refuse_quantized(model, "resize it")
     limits = {"max_parameters": max_parameters, "max_bytes": max_bytes, "max_latency": max_latency}
     settings = read_budget({**limits, "budget.effort": effort})
     if settings is None:
@@ -488,6 +580,7 @@ def heal(
     from lathe.reshape.measure import is_two_sided, logits_of
     from lathe.reshape.text import endless
 
+    refuse_quantized(model, "heal it")
     asked = HealSettings.from_dict({"file": os.fspath(data), **settings})
     tokenizer = _require_tokenizer(model, asked.file)
     history, before = model.history, None
@@ -519,8 +612,8 @@ def _require_tokenizer(model: Model, file: str) -> Tokenizer:
 def _from_adapter(directory: str | Path, device: torch.device | str | None, dtype: torch.dtype | None) -> Model:
     """The base that an adapter names, with the adapter on it."""
 
-    def make(architecture: Architecture, tensors: Mapping[str, Tensor]) -> Model:
-        return Model(architecture, tensors, device=device, dtype=dtype)
+    def make(architecture: Architecture, tensors: Mapping[str, Tensor], codes: Mapping[str, Codes]) -> Model:
+        return Model(architecture, tensors, codes=codes, device=device, dtype=dtype)
 
     model, checkpoint = open_adapted_as(base_of(directory), directory, make)
     model.tokenizer = tokenizer_of(directory, checkpoint)

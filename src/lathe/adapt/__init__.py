@@ -13,12 +13,13 @@ from lathe.adapt.adapters import (
     unmerge,
 )
 from lathe.adapt.files import load_adapter, save_adapter
-from lathe.adapt.layer import Adapter, LoraLinear, Whole
+from lathe.adapt.layer import Adapter, LoraLinear, LoraQuantized, Whole
 from lathe.adapt.settings import LoraSettings
 
 __all__ = [
     "Adapter",
     "LoraLinear",
+    "LoraQuantized",
     "LoraSettings",
     "Whole",
     "active_adapter",

@@ -14,12 +14,26 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from lathe.adapt.layer import Adapter, LoraLinear, Whole
+from lathe.adapt.layer import (
+    Adapted,
+    Adapter,
+    LoraLinear,
+    LoraQuantized,
+    Whole,
+    bias_of,
+    device_of,
+    dtype_of,
+    weight_of,
+)
 from lathe.adapt.settings import LoraSettings
 from lathe.adapt.targets import choose
 from lathe.errors import RequestError
+from lathe.model.quantized import Quantized, QuantizedLinear
 from lathe.model.transformer import Transformer
 from lathe.spec import unknown
+
+# A linear layer as it is, or in codes.
+Linear = nn.Linear | QuantizedLinear
 
 
 def add_lora(
@@ -56,7 +70,8 @@ def add_lora(
     if both:
         raise RequestError(f"{both[0]} is among targets and among whole: expected each layer in one of them")
     for target in names:
-        least = min(_linear(model, target).weight.shape)
+        linear = _linear(model, target)
+        least = min(linear.in_features, linear.out_features)
         if settings.rank > least:
             raise RequestError(
                 f"rank={settings.rank} is larger than the layer {target}, whose smaller side is {least}: "
@@ -68,20 +83,21 @@ def add_lora(
         made[target] = _drawn(_linear(model, target), settings, generator)
     for target in whole:
         linear = _linear(model, target)
-        made[target] = Whole(
-            copied(linear, linear.weight), None if linear.bias is None else copied(linear, linear.bias)
-        )
+        bias_O = bias_of(linear)
+        made[target] = Whole(copied(linear, weight_of(linear)), None if bias_O is None else copied(linear, bias_O))
     attach(model, name, made)
     return tuple(made)
 
 
-def _drawn(linear: nn.Linear, settings: LoraSettings, generator: torch.Generator) -> Adapter:
+def _drawn(linear: Linear, settings: LoraSettings, generator: torch.Generator) -> Adapter:
     # A as the paper's code draws it: uniform within 1/√I.
     limit = 1 / math.sqrt(linear.in_features)
     down_RI = torch.empty(settings.rank, linear.in_features).uniform_(-limit, limit, generator=generator)
     magnitude_O: nn.Parameter | None = None
     if settings.dora:
-        magnitude_O = placed(linear, torch.linalg.vector_norm(linear.weight.detach().to(adapter_dtype(linear)), dim=1))
+        magnitude_O = placed(
+            linear, torch.linalg.vector_norm(weight_of(linear).detach().to(adapter_dtype(linear)), dim=1)
+        )
     return Adapter(
         placed(linear, down_RI),
         placed(linear, torch.zeros(linear.out_features, settings.rank)),
@@ -92,17 +108,17 @@ def _drawn(linear: nn.Linear, settings: LoraSettings, generator: torch.Generator
     )
 
 
-def adapter_dtype(linear: nn.Linear) -> torch.dtype:
+def adapter_dtype(linear: Linear) -> torch.dtype:
     """An adapter's type: float32 at least, because small updates vanish in half precision."""
-    return torch.promote_types(linear.weight.dtype, torch.float32)
+    return torch.promote_types(dtype_of(linear), torch.float32)
 
 
-def placed(linear: nn.Linear, tensor: Tensor) -> nn.Parameter:
+def placed(linear: Linear, tensor: Tensor) -> nn.Parameter:
     """A tensor as an adapter's parameter, where the layer is and in an adapter's type."""
-    return nn.Parameter(tensor.detach().to(device=linear.weight.device, dtype=adapter_dtype(linear)))
+    return nn.Parameter(tensor.detach().to(device=device_of(linear), dtype=adapter_dtype(linear)))
 
 
-def copied(linear: nn.Linear, tensor: Tensor) -> nn.Parameter:
+def copied(linear: Linear, tensor: Tensor) -> nn.Parameter:
     """The same with memory of its own."""
     return placed(linear, tensor.detach().clone())
 
@@ -111,20 +127,18 @@ def attach(model: Transformer, name: str, adapters: Mapping[str, Adapter | Whole
     """Put adapters on the layers of these names, freeze all else and make them active."""
     for target, adapter in adapters.items():
         layer = _linear(model, target)
-        if not isinstance(layer, LoraLinear):
-            layer = LoraLinear.around(layer)
+        if not isinstance(layer, Adapted):
+            layer = LoraQuantized(layer) if isinstance(layer, QuantizedLinear) else LoraLinear.around(layer)
             _put(model, target, layer)
         layer.adapters[name] = adapter.train(layer.training)
     model.requires_grad_(False)
     set_active(model, name)
 
 
-def _linear(model: Transformer, name: str) -> nn.Linear:
+def _linear(model: Transformer, name: str) -> Linear:
     module = model.get_submodule(name)
-    if not isinstance(module, nn.Linear):
-        raise RequestError(
-            f"the layer {name} is a {type(module).__name__}: adapters go on nn.Linear; load the model unquantised"
-        )
+    if not isinstance(module, nn.Linear | QuantizedLinear):
+        raise RequestError(f"the layer {name} is a {type(module).__name__}: adapters go on linear layers")
     return module
 
 
@@ -148,9 +162,9 @@ def require_unmerged(model: nn.Module, to_do: str) -> None:
         raise RequestError(f"cannot {to_do}: an adapter is merged into the model; call unmerge first")
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear | LoraQuantized]]:
     """Every adapted layer and its name."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear))
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear | LoraQuantized))
 
 
 def adapter_names(model: nn.Module) -> tuple[str, ...]:
@@ -255,7 +269,8 @@ def merge(model: nn.Module) -> None:
     require_unmerged(model, "merge")
     if active_adapter(model) is None:
         raise RequestError("no adapter is active, so there is nothing to merge; call set_active first")
-    for _, layer in lora_layers(model):
+    layers = [layer for _, layer in lora_layers(model)]
+    for layer in sorted(layers, key=lambda each: isinstance(each, LoraLinear)):  # who refuses, before who does it
         layer.merge()
     _train_active(model)
 
@@ -298,12 +313,17 @@ def remove_adapters(model: nn.Module, name: str | None = None) -> None:
 
 
 def folded_tensors(model: Transformer) -> dict[str, Tensor]:
-    """The model's tensors by the blueprint's names, detached; an active adapter is folded in.
+    """The model's tensors by the blueprint's names, detached; an active adapter is folded in, codes are made numbers.
 
     These are the weights of a plain model that computes what this one computes. The base's own are to be had
     with `set_active(model, None)`.
     """
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    for name, held in model.named_modules():
+        if isinstance(held, Quantized):
+            own = [f"{name}.{part}" for part, _ in held.named_buffers(recurse=False)]
+            tensors = {key: tensor for key, tensor in tensors.items() if key not in own}
+            tensors[f"{name}.weight"] = held.dequantized()
     for name, layer in lora_layers(model):
         own = f"{name}.adapters."
         tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(own)}

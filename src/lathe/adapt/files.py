@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lathe.adapt.adapters import attach, check_new_name, known_adapter, placed
-from lathe.adapt.layer import Adapter, LoraLinear, Whole
+from lathe.adapt.layer import Adapted, Adapter, Whole, weight_of
 from lathe.adapt.peft_config import CONFIG, PeftConfig, read_peft_config, shortest_names
 from lathe.adapt.targets import linear_layers
 from lathe.adapt.whole_files import modules_to_save, names_classifier, read_whole, says, whole_tensors
@@ -39,6 +39,7 @@ from lathe.checkpoint.layout import Weights
 from lathe.checkpoint.tensors import TensorSource
 from lathe.errors import RequestError
 from lathe.families import holder
+from lathe.model.quantized import QuantizedLinear
 from lathe.model.transformer import Transformer
 
 log = logging.getLogger("lathe")
@@ -138,7 +139,7 @@ def save_adapter(
 def _adapters(model: Transformer, modules: list[StockModule], name: str) -> Iterator[tuple[str, Adapter]]:
     for ours in (each for module in modules for each in module.ours):
         layer = model.get_submodule(ours)
-        adapter = layer.adapter(name) if isinstance(layer, LoraLinear) and name in layer.adapters else None
+        adapter = layer.adapter(name) if isinstance(layer, Adapted) and name in layer.adapters else None
         if isinstance(adapter, Adapter):
             yield ours, adapter
 
@@ -181,9 +182,8 @@ def _lengths(weight_OI: Tensor, adapter: Adapter | None) -> Tensor:
 
 def _base_weight(model: Transformer, name: str) -> Tensor:
     layer = model.get_submodule(name)
-    assert isinstance(layer, nn.Linear)
-    kept = layer.unmerged if isinstance(layer, LoraLinear) else None
-    return layer.weight.detach() if kept is None else kept
+    kept = layer.unmerged if isinstance(layer, Adapted) else None
+    return weight_of(layer).detach() if kept is None else kept
 
 
 def _config(written: dict[str, _Written], first: Adapter, modules: list[StockModule]) -> PeftConfig:
@@ -299,9 +299,8 @@ def _split(
 ) -> dict[str, Adapter]:
     """An adapter for each of our layers that the module holds; all share one A."""
     layers = [model.get_submodule(ours) for ours in module.ours]
-    linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
-    if len(linears) != len(layers):
-        raise RequestError(f"the layer {module.ours[0]} is quantised; load the model as it was to adapt it")
+    linears = [layer for layer in layers if isinstance(layer, nn.Linear | QuantizedLinear)]
+    assert len(linears) == len(layers)
     outputs, rank = [linear.out_features for linear in linears], config.rank(module.theirs)
     expected = {_A: (rank, linears[0].in_features), _B: (sum(outputs), rank), _M: (sum(outputs),)}
     for part, key in stored.items():

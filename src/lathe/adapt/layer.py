@@ -14,6 +14,9 @@ such a layer: a matrix and a bias of its own, trained as they are, in place of t
 layer that it replaced. It may hold several adapters, of which one or none is active. Merging puts the folded
 matrix in place of W and keeps W itself beside it, so unmerging gives W back bit for bit.
 
+`LoraQuantized` is the same on a layer whose W is in codes (QLoRA, Dettmers et al. 2023, §3). W is made a matrix again
+where its numbers are asked for, and nothing is merged into it: the sum would have to be rounded again.
+
 Shape suffixes: O outputs, I inputs, R rank; the leading axes of an input are left to `…`.
 """
 
@@ -24,6 +27,9 @@ from typing import Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lathe.errors import RequestError
+from lathe.model.quantized import QuantizedLinear
 
 
 class Adapter(nn.Module):
@@ -80,11 +86,16 @@ class Adapter(nn.Module):
     def _dropped(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
 
-    def forward(self, x: Tensor, base: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        """The layer's output with the adapter, … × O, from its input and what it gives without."""
+    def forward(self, x: Tensor, base: Tensor, weight_OI: Tensor | None, bias_O: Tensor | None) -> Tensor:
+        """The layer's output with the adapter, … × O, from its input and what it gives without.
+
+        Args:
+            weight_OI: W, which DoRA alone asks for.
+        """
         added = self.scale * F.linear(F.linear(self._dropped(x.to(self.down.dtype)), self.down), self.up)
         if self.magnitude is None:
             return base + added.to(base.dtype)
+        assert weight_OI is not None
         product = base if bias_O is None else base - bias_O
         scaled = (self.magnitude / self.lengths(weight_OI)) * (product + added)
         return (scaled if bias_O is None else scaled + bias_O).to(base.dtype)
@@ -102,35 +113,15 @@ class Whole(nn.Module):
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
 
 
-class LoraLinear(nn.Linear):
-    """A linear layer and its adapters, by name.
+class Adapted(nn.Module):
+    """A layer with adapters, by name: what `LoraLinear` and `LoraQuantized` have in common.
 
     `active` is the adapter that runs; a layer without one of that name computes as if it had none.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
-        super().__init__(in_features, out_features, bias=bias)
-        self.adapters = nn.ModuleDict()
-        self.active: str | None = None
-        self.unmerged: Tensor | None
-        self.unmerged_bias: Tensor | None
-        self.register_buffer("unmerged", None, persistent=False)  # W, while the folded matrix stands in its place
-        self.register_buffer("unmerged_bias", None, persistent=False)  # the bias, where it was merged as well
-
-    @classmethod
-    def around(cls, linear: nn.Linear) -> Self:
-        """The layer with `linear`'s own weight and bias, and no adapter yet."""
-        with torch.device("meta"):
-            layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
-        layer.weight, layer.bias = linear.weight, linear.bias
-        return layer.train(linear.training)
-
-    def plain(self) -> nn.Linear:
-        """A linear layer with the weight and bias as they now are, and without adapters."""
-        with torch.device("meta"):
-            linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-        linear.weight, linear.bias = self.weight, self.bias
-        return linear.train(self.training)
+    adapters: nn.ModuleDict
+    active: str | None
+    unmerged: Tensor | None  # W, while the folded matrix stands in its place
 
     @property
     def running(self) -> Adapter | Whole | None:
@@ -151,24 +142,52 @@ class LoraLinear(nn.Linear):
         if isinstance(adapter, Whole):
             whole: Tensor = adapter(input)
             return whole
-        base = super().forward(input)
+        base: Tensor = super().forward(input)
         if adapter is None:
             return base
-        out: Tensor = adapter(input, base, self.weight, self.bias)
+        weight_OI = None if adapter.magnitude is None else weight_of(self)
+        out: Tensor = adapter(input, base, weight_OI, bias_of(self))
         return out
 
     def folded(self) -> Tensor:
         """The weight that computes what the layer now computes, O × I: W itself where no adapter runs."""
-        adapter = self.running
+        adapter, weight_OI = self.running, weight_of(self).detach()
         if isinstance(adapter, Whole):
-            return adapter.weight.detach().to(self.weight.dtype)
-        return self.weight.detach() if adapter is None else adapter.fold(self.weight.detach())
+            return adapter.weight.detach().to(weight_OI.dtype)
+        return weight_OI if adapter is None else adapter.fold(weight_OI)
 
     def folded_bias(self) -> Tensor | None:
         """The bias that goes with it, O."""
         adapter = self.running
-        bias_O = adapter.bias if isinstance(adapter, Whole) else self.bias
-        return None if bias_O is None else bias_O.detach().to(self.weight.dtype)
+        bias_O = adapter.bias if isinstance(adapter, Whole) else bias_of(self)
+        return None if bias_O is None else bias_O.detach().to(dtype_of(self))
+
+
+class LoraLinear(Adapted, nn.Linear):
+    """A linear layer and its adapters."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.adapters = nn.ModuleDict()
+        self.active = None
+        self.unmerged_bias: Tensor | None
+        self.register_buffer("unmerged", None, persistent=False)
+        self.register_buffer("unmerged_bias", None, persistent=False)  # the bias, where it was merged as well
+
+    @classmethod
+    def around(cls, linear: nn.Linear) -> Self:
+        """The layer with `linear`'s own weight and bias, and no adapter yet."""
+        with torch.device("meta"):
+            layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        layer.weight, layer.bias = linear.weight, linear.bias
+        return layer.train(linear.training)
+
+    def plain(self) -> nn.Linear:
+        """A linear layer with the weight and bias as they now are, and without adapters."""
+        with torch.device("meta"):
+            linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear.train(self.training)
 
     def merge(self) -> None:
         """Put the folded matrix in place of W; nothing happens where no adapter runs."""
@@ -189,3 +208,58 @@ class LoraLinear(nn.Linear):
         if self.unmerged_bias is not None:
             self.bias.data.copy_(self.unmerged_bias)
             self.unmerged_bias = None
+
+
+class LoraQuantized(Adapted, QuantizedLinear):
+    """A linear layer in codes and its adapters."""
+
+    def __init__(self, layer: QuantizedLinear) -> None:
+        super().__init__(layer.matrix(), layer.bias)
+        self.adapters = nn.ModuleDict()
+        self.active = None
+        self.unmerged = None
+        self.train(layer.training)
+
+    def plain(self) -> QuantizedLinear:
+        """The layer in codes, without adapters."""
+        return QuantizedLinear(self.matrix(), self.bias).train(self.training)
+
+    def merge(self) -> None:
+        """Refuse: the matrix with the adapter in it is not one that codes stand for.
+
+        Raises:
+            RequestError: always.
+        """
+        raise RequestError(
+            "cannot merge an adapter into a quantised model: it would be rounded again; merge it into the model as "
+            "it was before, and quantise the result"
+        )
+
+    def unmerge(self) -> None:
+        """Nothing: nothing is ever merged."""
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """W of a linear layer, O × I; of one in codes, the matrix that they stand for."""
+    if isinstance(layer, QuantizedLinear):
+        return layer.dequantized()
+    assert isinstance(layer, nn.Linear)
+    return layer.weight
+
+
+def bias_of(layer: nn.Module) -> Tensor | None:
+    """The bias of a linear layer, O."""
+    assert isinstance(layer, nn.Linear | QuantizedLinear)
+    return layer.bias
+
+
+def dtype_of(layer: nn.Module) -> torch.dtype:
+    """The type of a linear layer's numbers."""
+    assert isinstance(layer, nn.Linear | QuantizedLinear)
+    return layer.dtype if isinstance(layer, QuantizedLinear) else layer.weight.dtype
+
+
+def device_of(layer: nn.Module) -> torch.device:
+    """Where a linear layer's numbers are."""
+    assert isinstance(layer, nn.Linear | QuantizedLinear)
+    return layer.device if isinstance(layer, QuantizedLinear) else layer.weight.device

@@ -31,7 +31,9 @@ from lathe.checkpoint.load import CONFIG as MODEL_CONFIG
 from lathe.checkpoint.load import OWN, Checkpoint, open_checkpoint
 from lathe.checkpoint.save import Saved, save_checkpoint
 from lathe.errors import RequestError
+from lathe.model.codes import Codes
 from lathe.model.transformer import Transformer
+from lathe.quantization.place import fill
 from lathe.text.tokenizer import Tokenizer
 
 M = TypeVar("M", bound=Transformer)
@@ -127,9 +129,9 @@ def _unshared(held: Mapping[str, Tensor], base: Architecture, wanted: Architectu
 _KINDS = re.compile(r"(?:attention|cross_attention|feed_forward)\..+")
 
 
-def _plain(architecture: Architecture, tensors: Mapping[str, Tensor]) -> Transformer:
+def _plain(architecture: Architecture, tensors: Mapping[str, Tensor], codes: Mapping[str, Codes]) -> Transformer:
     model = Transformer(architecture, seed=None, device="meta")
-    model.load_state_dict(dict(tensors), assign=True)
+    fill(model, tensors, codes)
     return model
 
 
@@ -143,29 +145,34 @@ def open_adapted(base: str, adapter: str | Path) -> tuple[Transformer, Checkpoin
 
 
 def open_adapted_as(
-    base: str, adapter: str | Path, make: Callable[[Architecture, Mapping[str, Tensor]], M]
+    base: str, adapter: str | Path, make: Callable[[Architecture, Mapping[str, Tensor], Mapping[str, Codes]], M]
 ) -> tuple[M, Checkpoint]:
     """The same as a model of another class.
 
     Args:
-        make: builds the model that is returned from an architecture and all its tensors.
+        make: builds the model that is returned from an architecture, all its tensors and its quantised matrices.
 
     Raises:
         RequestError: no such base, no adapter, or one that does not fit the base.
     """
     if not (Path(adapter).expanduser() / CONFIG).is_file():
         raise RequestError(f"{adapter} holds no {CONFIG}: expected an adapter that peft or lathe train wrote")
-    checkpoint = open_checkpoint(base)
+    checkpoint = open_checkpoint(base, quantized=True)
     architecture = adapted_architecture(adapter, checkpoint.architecture)
+    codes = checkpoint.codes
+    if codes and architecture.with_({"head": checkpoint.architecture.head.to_dict()}) != checkpoint.architecture:
+        raise RequestError(
+            f"the adapter in {adapter} gives layers of {base} that share weights their own, and they are quantised "
+            "here: give the base as it was before that"
+        )
     stored_held = {name: checkpoint.parameters.tensor(name) for name in checkpoint.parameters.names()}
     held = _unshared(stored_held, checkpoint.architecture, architecture)
     dtype = next(iter(held.values())).dtype
     # A head of another size is another head.
     fresh = [p.name for p in stored(architecture) if p.name not in held or tuple(held[p.name].shape) != p.shape]
     empty = {p.name: torch.zeros(p.shape, dtype=dtype) for p in stored(architecture) if p.name in fresh}
-    model = make(
-        architecture, {p.name: empty[p.name] if p.name in empty else held[p.name] for p in stored(architecture)}
-    )
+    tensors = {p.name: empty[p.name] if p.name in empty else held[p.name] for p in stored(architecture)}
+    model = make(architecture, {name: tensor for name, tensor in tensors.items() if name not in codes}, codes)
     load_adapter(model, Path(adapter).expanduser())
     whole = {path for path, layer in lora_layers(model) if isinstance(layer.running, Whole)}
     missing = [name for name in fresh if name.rpartition(".")[0] not in whole]
@@ -193,6 +200,11 @@ def merge_into_base(base: str, adapter: str | Path, destination: Path) -> Saved:
         LatheError: the disk is full; nothing is left behind.
     """
     model, checkpoint = open_adapted(base, adapter)
+    if checkpoint.codes:
+        raise RequestError(
+            f"{base} is quantised, and an adapter folded into it would be rounded again: merge it into the model as it "
+            "was before, and quantise the result"
+        )
     return save_checkpoint(
         destination,
         model.architecture,

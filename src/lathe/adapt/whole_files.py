@@ -22,6 +22,7 @@ from lathe.errors import RequestError
 from lathe.families import holder
 from lathe.families.adapter import fuse
 from lathe.families.base import Entry
+from lathe.model.quantized import QuantizedLinear
 from lathe.model.transformer import Transformer
 
 
@@ -124,6 +125,11 @@ def read_whole(
 
 def _parts(model: Transformer, entry: Entry, stored_name: str, source: TensorSource) -> dict[str, Tensor]:
     """What a stock tensor holds, by our names."""
+    for name in entry.ours:
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), QuantizedLinear):
+            raise RequestError(
+                f"the adapter has {name} whole, which is quantised here; load the model as it was before"
+            )
     ours = [model.get_parameter(name) for name in entry.ours]
     expected = fuse(entry, [each.detach().to("meta") for each in ours]).shape
     if source.shape(stored_name) != tuple(expected):
@@ -140,8 +146,7 @@ def _whole(model: Transformer, found: Mapping[str, Tensor]) -> dict[str, Whole]:
     made: dict[str, Whole] = {}
     for owner in dict.fromkeys(name.rpartition(".")[0] for name in found):
         linear = model.get_submodule(owner)
-        if not isinstance(linear, nn.Linear):
-            raise RequestError(f"the layer {owner} is quantised; load the model as it was to adapt it")
+        assert isinstance(linear, nn.Linear)
         weight, bias = (found.get(f"{owner}.{leaf}") for leaf in ("weight", "bias"))
         # The config names modules, so a weight comes with its bias.
         assert weight is not None

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lathe.architecture import Architecture
 from lathe.blueprint import stored
+from lathe.checkpoint.compressed import KEY, CompressedSource
 from lathe.checkpoint.hub import fetch
 from lathe.errors import RequestError
 from lathe.families import family, read_config
@@ -22,6 +23,8 @@ from lathe.families.adapter import Reader, Source
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from lathe.model.codes import Codes
 
 CONFIG, OWN, GENERATION = "config.json", "lathe.json", "generation_config.json"
 
@@ -50,12 +53,14 @@ class Checkpoint:
         directory: where it lies; None for a model that came as an object.
         config: the Hugging Face config it came with, keys that Lathe does not use included; empty for Lathe's form.
         generation: its generation settings, as stored.
+        codes: the quantised matrices, by name; `parameters` gives the numbers that they stand for.
     """
 
     parameters: Parameters
     directory: Path | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     generation: Mapping[str, Any] = field(default_factory=dict)
+    codes: Mapping[str, Codes] = field(default_factory=dict)
 
     @property
     def architecture(self) -> Architecture:
@@ -67,32 +72,72 @@ def read_architecture(model: str | Path, revision: str | None = None) -> Archite
     """The architecture of a directory or hub id, from its config alone; no weights are read or fetched.
 
     Raises:
-        RequestError: no such model, no config, or one that Lathe cannot read.
+        RequestError: no such model, no config, one that Lathe cannot read, or a quantised model.
     """
     directory = fetch(model, revision, weights=False)
-    if (directory / CONFIG).is_file():
-        return read_config(_json(directory / CONFIG))
-    return _own_architecture(directory)
+    described, stock = _described(directory)
+    _refuse_quantised(model, described)
+    return read_config(described) if stock else _own_architecture(directory, described)
 
 
-def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(model: str | Path, revision: str | None = None, *, quantized: bool = False) -> Checkpoint:
     """Open a directory or hub id.
 
+    Args:
+        quantized: whether a quantised model will do: its `codes` then have to be looked at.
+
     Raises:
-        RequestError: no such model, files missing or damaged, an unknown family, or tensors that do not fit the config.
+        RequestError: no such model, files missing or damaged, an unknown family, tensors that do not fit the config,
+            or a quantised model where that will not do.
     """
     from lathe.checkpoint.tensors import open_tensors
 
     directory = fetch(model, revision)
-    if (directory / CONFIG).is_file():
-        config = _json(directory / CONFIG)
-        architecture = read_config(config)
-        parameters: Parameters = Reader(family(config["model_type"]), architecture, open_tensors(directory))
+    described, stock = _described(directory)
+    if not quantized:
+        _refuse_quantised(model, described)
+    asked = described.pop(KEY, None)
+    architecture = read_config(described) if stock else _own_architecture(directory, described)
+    source: Source = open_tensors(directory)
+    if asked is not None:
+        source = CompressedSource(source, asked)
+    reader: Reader | OwnReader
+    if stock:
+        reader = Reader(family(described["model_type"]), architecture, source)
     else:
-        config = {}
-        architecture = _own_architecture(directory)
-        parameters = OwnReader(architecture, open_tensors(directory))
-    return Checkpoint(parameters, directory, config, _generation(directory, config))
+        reader = OwnReader(architecture, source)
+    config = described if stock else {}
+    codes = _codes(reader, source) if isinstance(source, CompressedSource) else {}
+    return Checkpoint(reader, directory, config, _generation(directory, config), codes)
+
+
+def _refuse_quantised(model: str | Path, described: Mapping[str, Any]) -> None:
+    asked = described.get(KEY)
+    if asked is not None:
+        kind = asked.get("quant_method") if isinstance(asked, dict) else None
+        raise RequestError(
+            f"{model} is quantised already{f' ({kind})' if kind else ''}: give the model as it was before that"
+        )
+
+
+def _codes(reader: Reader | OwnReader, source: CompressedSource) -> dict[str, Codes]:
+    """The quantised matrices under Lathe's names."""
+    found: dict[str, Codes] = {}
+    rounds_again = any(scheme.activations != "none" for scheme in source.again.values())
+    for parameter in stored(reader.architecture):
+        name, alone = reader.stored_as(parameter.name)
+        codes = source.codes(name)
+        if codes is None:
+            continue
+        if not alone:
+            raise RequestError(
+                f"the quantised tensor {name!r} is stored transposed, or with others in one: Lathe reads quantised "
+                "matrices one by one; give the model as it was before that"
+            )
+        # Inputs of a tied table are those of the module that multiplies with it, which is stored a second time.
+        tied = parameter.role == "table" and rounds_again
+        found[parameter.name] = replace(codes, activations="int8") if tied else codes
+    return found
 
 
 # Tokens of generation that older configs hold, from before the settings had a file of their own.
@@ -135,11 +180,21 @@ class OwnReader:
         """One parameter."""
         return self._source.tensor(name)
 
+    def stored_as(self, name: str) -> tuple[str, bool]:
+        """The tensor that holds a parameter, and whether it is that and nothing else: always."""
+        return name, True
 
-def _own_architecture(directory: Path) -> Architecture:
+
+def _described(directory: Path) -> tuple[dict[str, Any], bool]:
+    """A directory's config and True, or what Lathe's own form has instead and False."""
+    if (directory / CONFIG).is_file():
+        return _json(directory / CONFIG), True
     if not (directory / OWN).is_file():
         raise RequestError(f"{directory} holds neither {CONFIG} nor {OWN}; expected a model's directory")
-    values = _json(directory / OWN)
+    return _json(directory / OWN), False
+
+
+def _own_architecture(directory: Path, values: Mapping[str, Any]) -> Architecture:
     if not isinstance(values.get("architecture"), dict):
         raise RequestError(f"{directory / OWN} has no architecture; expected a file that Lathe wrote")
     return Architecture.from_dict(values["architecture"])

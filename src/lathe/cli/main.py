@@ -29,6 +29,7 @@ from lathe.errors import ExistsError, LatheError, RequestError
 VERBS: dict[str, str] = {
     "plan": "lathe.cli.plan",
     "resize": "lathe.cli.resize",
+    "quantize": "lathe.cli.quantize",
     "compare": "lathe.cli.compare",
     "train": "lathe.cli.train",
     "evaluate": "lathe.cli.evaluate",

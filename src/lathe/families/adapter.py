@@ -75,6 +75,11 @@ class Reader:
         parts: tuple[Tensor, ...] = whole.split(sizes)
         return parts[entry.ours.index(name)].contiguous()
 
+    def stored_as(self, name: str) -> tuple[str, bool]:
+        """The tensor that holds a parameter, and whether it is that and nothing else, not transposed."""
+        entry = self._entries[name]
+        return self._present(entry), not entry.transposed and len(entry.ours) == 1
+
     def _find(self, name: str) -> str | None:
         """The stored name of a tensor, with or without the family's prefix."""
         bare = name.removeprefix(self._prefix)
@@ -121,7 +126,7 @@ class Reader:
                 )
             self._check_copies(entry)
         names = {name for entry in entries for name in entry.names}
-        known = {self._find(name) for name in names | _tied_names(family, self.architecture)}
+        known = {self._find(name) for name in names | tied_names(family, self.architecture)}
         for name, on_disk in self._stored.items():
             if on_disk in known or _matches(name, family.ignored):
                 continue
@@ -170,8 +175,8 @@ def _current_name(name: str, family: Family) -> str:
     return name
 
 
-def _tied_names(family: Family, architecture: Architecture) -> set[str]:
-    """Names under which a tied file may store the table once more."""
+def tied_names(family: Family, architecture: Architecture) -> set[str]:
+    """Names under which a tied file may store the table once more: those of the output matrix."""
     if not any(p.tied_to for p in blueprint(architecture)):
         return set()
     untied = architecture.with_(tied=False)

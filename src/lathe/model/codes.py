@@ -31,18 +31,27 @@ class Codes:
         scales_OG: floating point.
         zeros_OG: int8, in the codes' range; None for symmetric codes.
         bits: 8 or 4.
+        activations: `none`, or `int8` where its products take inputs in int8 too; that needs 8 bits, a scale a row
+            and no zeros.
     """
 
     codes_OI: Tensor
     scales_OG: Tensor
     zeros_OG: Tensor | None
     bits: int
+    activations: str = "none"
 
     @property
     def group_size(self) -> int:
         """Weights that share a scale; 0 where a whole row does."""
         groups = self.scales_OG.shape[1]
         return 0 if groups == 1 else self.codes_OI.shape[1] // groups
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes as they are stored, the scales and the zeros."""
+        zeros = 0 if self.zeros_OG is None else self.zeros_OG.numel()
+        return (self.codes_OI.numel() + zeros) * self.bits // 8 + self.scales_OG.nbytes
 
     def dequantized(self) -> Tensor:
         """The matrix that the codes stand for, O × I, in the scales' type."""

@@ -275,10 +275,10 @@ def _reloaded(
         return dataclasses.replace(found, note="not opened by stock transformers, which would hold the whole model")
     if importlib.util.find_spec("transformers") is None:
         return dataclasses.replace(found, note="transformers is not installed here")
-    return _opened_by_stock(folder, found, ours, ids, both)
+    return opened_by_stock(folder, found, ours, ids, both)
 
 
-def _opened_by_stock(folder: Path, found: Reload, ours: Tensor, ids: Tensor, both: bool) -> Reload:
+def opened_by_stock(folder: Path, found: Reload, ours: Tensor, ids: Tensor, both: bool) -> Reload:
     """The same logits from stock `transformers`, and what it says about the tensors."""
     import transformers
     from transformers.utils import logging as their_logging

@@ -27,6 +27,7 @@ from lathe.model.transformer import Transformer
 from lathe.objectives.base import Objective
 from lathe.objectives.by_name import OBJECTIVES, objective
 from lathe.presets import heads, names, preset
+from lathe.quantization.place import install
 from lathe.text.tokenizer import Tokenizer
 from lathe.train.adapting import put_on, sample, write_adapter
 from lathe.train.loop import StepReport, TrainResult
@@ -117,7 +118,11 @@ def open_job(request: RunSettings, ranks: Ranks = ALONE) -> Job:
 
 
 def _opened(request: RunSettings, ranks: Ranks, device: str) -> Job:
-    subject = open_subject(request.model, request.tokenizer, request.architecture, request.seed, device)
+    # A quantised model is trained through adapters alone.
+    quantized = request.adapter is not None
+    subject = open_subject(
+        request.model, request.tokenizer, request.architecture, request.seed, device, quantized=quantized
+    )
     made = make_objective(subject, request.objective)
     data = request.data
     batches = Batches(
@@ -179,15 +184,18 @@ def open_subject(
     device: str = "auto",
     *,
     adapter: str | None = None,
+    quantized: bool = False,
 ) -> Subject:
     """New weights of a preset or an architecture's file; the weights of a directory or a hub id.
 
     Args:
         model: may be the directory of an adapter, which names its base.
         adapter: the directory of an adapter to put on the model.
+        quantized: whether a quantised model will do.
 
     Raises:
-        RequestError: no such model, no tokenizer, or sizes for a model that has its weights already.
+        RequestError: no such model, no tokenizer, sizes for a model that has its weights already, or a quantised one
+            where that will not do.
     """
     where = pick_device(device)
     if is_adapter(model):
@@ -201,7 +209,7 @@ def open_subject(
         return _adapted(model, adapter, tokenizer, where)
     new = _architecture(model, changes.get(_HEAD))
     if new is None:
-        return _trained(model, tokenizer, changes, seed, where)
+        return _trained(model, tokenizer, changes, seed, where, quantized)
     if tokenizer is None:
         raise RequestError(
             f"{model} has no tokenizer of its own: give tokenizer=DIRECTORY "
@@ -213,9 +221,11 @@ def open_subject(
     return Subject(Transformer(architecture, seed=seed).to(where), text)
 
 
-def _trained(model: str, tokenizer: str | None, changes: Mapping[str, Any], seed: int, where: Any) -> Subject:
+def _trained(
+    model: str, tokenizer: str | None, changes: Mapping[str, Any], seed: int, where: Any, quantized: bool
+) -> Subject:
     """Trained weights; under another head they stay, and what only that head has is new."""
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, quantized=quantized)
     architecture = _with_head(checkpoint.architecture, model, changes)
     text = _tokenizer(tokenizer, checkpoint.directory, model)
     parameters = checkpoint.parameters
@@ -228,6 +238,7 @@ def _trained(model: str, tokenizer: str | None, changes: Mapping[str, Any], seed
     if fresh:
         log.warning("these parameters are new, and drawn from seed %d: %s", seed, ", ".join(fresh))
     built.load_state_dict({**own, **kept})
+    install(built, {name: matrix for name, matrix in checkpoint.codes.items() if name in kept})
     config = checkpoint.config if architecture is checkpoint.architecture else {}
     return Subject(built.to(where), text, checkpoint.generation, config, model, fresh)
 

@@ -72,7 +72,9 @@ def measure(request: EvaluationSettings, *, on_text: OnText | None = None) -> di
     Raises:
         RequestError: no such model or file, data that does not fit the model, or a setting that would do nothing.
     """
-    subject = open_subject(request.model, request.tokenizer, {}, 0, request.device, adapter=request.adapter)
+    subject = open_subject(
+        request.model, request.tokenizer, {}, 0, request.device, adapter=request.adapter, quantized=True
+    )
     made = make_objective(subject, request.objective or _default_objective(subject, request.data))
     _check_writing(request, made)
     parts = {name: _open(subject, made, data, request) for name, data in _by_task(request.data).items()}

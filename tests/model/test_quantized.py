@@ -6,19 +6,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lathe.quantization import Codes, Quantized, QuantizedEmbedding, QuantizedLinear
-from lathe.model.codes import pack, unpack
-from lathe.quantization.layer import quantize_tokens
+from lathe.model.codes import Codes, pack, unpack
+from lathe.model.quantized import Quantized, QuantizedEmbedding, QuantizedLinear, quantize_tokens
 
 
-def drawn(bits: int, groups: int, *, zeros: bool, rows: int = 12, columns: int = 64) -> Codes:
+def drawn(bits: int, groups: int, *, zeros: bool, activations: str = "none") -> Codes:
     """A random matrix in codes."""
-    high = 2 ** (bits - 1)
+    rows, columns, high = 12, 64, 2 ** (bits - 1)
     return Codes(
         torch.randint(-high, high, (rows, columns), dtype=torch.int8),
         torch.rand(rows, groups) + 0.1,
         torch.randint(-high, high, (rows, groups), dtype=torch.int8) if zeros else None,
         bits,
+        activations,
     )
 
 
@@ -64,8 +64,8 @@ def test_a_layer_computes_its_dequantised_matrix(bits: int, groups: int, zeros: 
 
 
 def test_int8_activations_are_rounded_to_their_own_scale() -> None:
-    matrix = drawn(8, 1, zeros=False)
-    layer = QuantizedLinear(matrix, activations="int8")
+    matrix = drawn(8, 1, zeros=False, activations="int8")
+    layer = QuantizedLinear(matrix)
     x = torch.randn(5, 64)
     x[2] = 0
     codes, scales = quantize_tokens(x)
@@ -77,7 +77,7 @@ def test_int8_activations_are_rounded_to_their_own_scale() -> None:
 
 @pytest.mark.parametrize("activations", ["none", "int8"])
 def test_the_gradient_goes_through_the_matrix_to_the_input(activations: str) -> None:
-    layer = QuantizedLinear(drawn(8, 1, zeros=False), activations=activations)
+    layer = QuantizedLinear(drawn(8, 1, zeros=False, activations=activations))
     x = torch.randn(2, 3, 64, requires_grad=True)
     back = torch.randn(2, 3, 12)
     (layer(x) * back).sum().backward()

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from lathe.model.codes import Codes, dequantize, pack, unpack
 
-ACTIVATIONS = ("none", "int8")
 _INT8_RANGE = 127.5  # half of the distance from −128 to 127
 
 
@@ -35,21 +34,21 @@ class Quantized(nn.Module):
 
     Args:
         matrix: the codes and scales, used as they are.
-        activations: `none`, or `int8` for products with int8 inputs; that needs 8 bits, a scale a row and no zeros.
 
     Attributes:
         bits: 8 or 4.
+        activations: `none`, or `int8` for products with int8 inputs.
         group_size: weights of a row that share a scale; 0 where all do.
         codes: int8, O × I; for 4 bits int32, packed eight to a word (`lathe.model.codes`).
         scales_OG: floating point, O × G.
         zeros_OG: int8, O × G; None for symmetric codes.
     """
 
-    def __init__(self, matrix: Codes, *, activations: str = "none") -> None:
+    def __init__(self, matrix: Codes) -> None:
         super().__init__()
         self.out_features, self.in_features = matrix.codes_OI.shape
         self.bits, self.group_size = matrix.bits, matrix.group_size
-        self.activations = activations
+        self.activations = matrix.activations
         self.codes: Tensor
         self.scales_OG: Tensor
         self.zeros_OG: Tensor | None
@@ -78,7 +77,7 @@ class Quantized(nn.Module):
 
     def matrix(self) -> Codes:
         """Codes, scales and zeros as one value."""
-        return Codes(self.codes_OI(), self.scales_OG, self.zeros_OG, self.bits)
+        return Codes(self.codes_OI(), self.scales_OG, self.zeros_OG, self.bits, self.activations)
 
     def dequantized(self) -> Tensor:
         """The matrix that the codes stand for, O × I, made anew at each call."""
@@ -109,8 +108,7 @@ class Quantized(nn.Module):
     def _whole_product(self, x: Tensor) -> Tensor:
         x_NI = x.reshape(-1, self.in_features)
         codes_NI, scales_N1 = quantize_tokens(x_NI)
-        whole_NO = torch._int_mm(codes_NI, self.codes.t())
-        out_NO = whole_NO.to(torch.float32) * scales_N1 * self.scales_OG.view(-1)
+        out_NO = whole_product(codes_NI, self.codes).to(torch.float32) * scales_N1 * self.scales_OG.view(-1)
         return out_NO.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -125,8 +123,8 @@ class Quantized(nn.Module):
 class QuantizedLinear(Quantized):
     """`nn.Linear` with its weight in codes; the bias, where there is one, stays as it was."""
 
-    def __init__(self, matrix: Codes, bias: nn.Parameter | None = None, *, activations: str = "none") -> None:
-        super().__init__(matrix, activations=activations)
+    def __init__(self, matrix: Codes, bias: nn.Parameter | None = None) -> None:
+        super().__init__(matrix)
         self.bias = bias
 
     def forward(self, input: Tensor) -> Tensor:
@@ -155,6 +153,19 @@ def quantize_tokens(x_NI: Tensor) -> tuple[Tensor, Tensor]:
     # A vector of zeros has any scale.
     scales_N1 = torch.where(scales_N1 == 0, torch.finfo(torch.float32).eps, scales_N1)
     return (wide / scales_N1).round_().clamp_(-128, 127).to(torch.int8), scales_N1
+
+
+def whole_product(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
+    """The product of two matrices of int8, N × O: int32 where the device has such a product, float32 elsewhere."""
+    if x_NI.device.type == "cpu":
+        return torch._int_mm(x_NI, weight_OI.t())
+    if x_NI.device.type != "cuda":
+        return x_NI.to(torch.float32) @ weight_OI.to(torch.float32).t()
+    # CUDA's wants more than 16 rows, and sides that eight divides.
+    (rows, inputs), outputs = x_NI.shape, weight_OI.shape[0]
+    x_NI = F.pad(x_NI, (0, -inputs % 8, 0, max(32 - rows, -rows % 8)))
+    weight_OI = F.pad(weight_OI, (0, -inputs % 8, 0, -outputs % 8))
+    return torch._int_mm(x_NI, weight_OI.t())[:rows, :outputs]
 
 
 class _Product(torch.autograd.Function):

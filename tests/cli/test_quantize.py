@@ -1,0 +1,158 @@
+"""`lathe quantize`: the directory is whole and says what it cost, and what is wrong is one line."""
+
+from __future__ import annotations
+
+import errno
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import lathe
+from lathe.quantization import is_quantized
+from lathe.text.train import train_tokenizer
+
+WORDS = ["the", "a", "lathe", "turns", "wood", "metal", "stone", "to", "size", "that", "is", "asked", "for", "and"]
+SIZES: dict[str, Any] = {"d_model": 32, "n_layers": 2, "n_heads": 2, "d_head": 16, "d_ff": 48, "max_positions": 32}
+
+
+def documents(number: int, seed: int) -> list[str]:
+    chance = random.Random(seed)
+    return [" ".join(chance.choices(WORDS, k=chance.randint(20, 30))) for _ in range(number)]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small BERT with its tokenizer, and text."""
+    folder = tmp_path_factory.mktemp("quantize")
+    for name, number, seed in (("text.txt", 40, 0), ("held.txt", 10, 1), ("short.txt", 1, 2)):
+        (folder / name).write_text("\n".join(documents(number, seed)), encoding="utf-8")
+    tokenizer = train_tokenizer(documents(40, 0), 60, convention="bert")
+    base = lathe.preset("bert-base-uncased", head="masked")
+    tokens = {**base.tokens.to_dict(), "pad": tokenizer.pad_id, "mask": tokenizer.mask_id}
+    architecture = base.with_({**SIZES, "vocab_size": tokenizer.vocab_size, "tokens": tokens})
+    model = lathe.Model(architecture, seed=0, tokenizer=tokenizer)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    model.save(folder / "bert")
+    return folder
+
+
+@pytest.fixture
+def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with the model and the text in it."""
+    for path in made.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path
+
+
+def test_the_result_is_a_stock_directory_with_its_recipe_its_page_and_its_card(cli: Callable, here: Path):
+    ran = cli("quantize", "bert", "q", "--bits", "4", "--calibrate", "text.txt", "--data", "held.txt", "--json")
+    assert ran.code == 0, ran.err
+    answer = json.loads(ran.out)
+    assert answer["result"]["bytes"] < 0.5 * answer["source"]["bytes"]
+    assert answer["settings"]["method"] == "gptq"
+    assert answer["loss_change"] == answer["result"]["quality"]["loss"] / answer["source"]["quality"]["loss"] - 1
+    assert answer["reload"]["largest"] == 0
+    assert answer["reload"]["stock"] < 1e-4
+    assert answer["reload"]["missing"] == answer["reload"]["unexpected"] == []
+    errors = [layer["error"] for layer in answer["layers"]]
+    assert errors == sorted(errors, reverse=True)
+    assert 0 < errors[-1] < errors[0] < 0.5
+    assert answer["kept"] == []
+    assert lathe.load("q").tokenizer is not None
+    recipe = json.loads(Path("q/lathe.json").read_text(encoding="utf-8"))["recipe"]
+    assert recipe["stages"] == [{"quantize": answer["settings"]}]
+    assert recipe["calibrate"]["file"] == "text.txt"
+    card, page = (Path("q", name).read_text(encoding="utf-8") for name in ("README.md", "report.html"))
+    assert yaml.safe_load(card.split("---")[1])["tags"] == ["lathe", "quantized", "bert"]
+    for part in (answer["layers"][0]["name"], "held.txt"):
+        assert part in card
+        assert part in page
+
+
+def test_layers_that_hurt_are_proposed_and_keeping_them_wins_what_was_said(cli: Callable, here: Path):
+    words = ("--bits", "4", "--data", "held.txt", "--json")
+    first = json.loads(cli("quantize", "bert", "all", *words).out)
+    assert first["loss_change"] > 0
+    best = first["proposals"][0]
+    assert best["gain"] > 0
+    kept = json.loads(cli("quantize", "bert", "some", *words, "--keep", best["name"]).out)
+    assert kept["kept"] == [best["name"]]
+    won = first["result"]["quality"]["loss"] - kept["result"]["quality"]["loss"]
+    assert won == pytest.approx(best["gain"], rel=1e-3)
+
+
+def test_without_text_it_says_that_nothing_was_measured(cli: Callable, here: Path):
+    ran = cli("quantize", "bert", "q")
+    assert ran.code == 0, ran.err
+    assert "No loss was measured" in ran.out
+    assert "int8 activations" in Path("q/README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("bert", "q", "--bits", "5"), "bits=5: expected one of 8, 4"),
+        (("bert", "q", "--bits", "4", "--method", "gptq"), "give --calibrate FILE"),
+        (("bert", "q", "--keep", "decoder.atention"), "matches no layer that is quantised"),
+        (("bert", "q", "--calibrate", "short.txt", "--bits", "4", "--data", "held.txt"), "expected 512 or more"),
+        (("bert", "q", "--calibrate", "missing.txt"), "missing.txt"),
+        (("bert", "bert"), "already exists"),
+        (("nowhere", "q"), "nowhere"),
+        (("bert", "q", "d_model=3"), "d_model=3: expected calibrate"),
+    ],
+)
+def test_bad_requests_are_one_line_and_write_nothing(cli: Callable, here: Path, words: tuple[str, ...], says: str):
+    ran = cli("quantize", *words)
+    assert ran.code == 2
+    assert says in ran.err.splitlines()[-1]
+    assert not Path("q").exists()
+    assert not list(here.glob(".lathe-*"))
+
+
+def test_a_quantised_source_is_refused_everywhere_in_one_line(cli: Callable, here: Path):
+    assert cli("quantize", "bert", "q").code == 0
+    for words in (
+        ("quantize", "q", "again"),
+        ("resize", "q", "again", "d_ff=32", "--calibrate", "text.txt"),
+        ("plan", "q"),
+        ("train", "./q", "objective=masked", "data.train=text.txt", "out=again", "steps=1", "data.cache=none"),
+    ):
+        ran = cli(*words)
+        assert ran.code == 2, words
+        assert "quantised already" in ran.err, ran.err
+        assert len(ran.err.strip().splitlines()) == 1
+    assert not Path("again").exists()
+
+
+def test_a_full_disk_leaves_nothing(cli: Callable, here: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lathe.checkpoint.tensors._write_file", full)
+    ran = cli("quantize", "bert", "q")
+    assert ran.code == 1
+    assert len(ran.err.strip().splitlines()[-1:]) == 1
+    assert "disk is full" in ran.err or "No space left" in ran.err
+    assert not Path("q").exists()
+    assert not list(here.glob(".lathe-*"))
+
+
+def test_an_adapter_trains_over_a_quantised_base(cli: Callable, here: Path):
+    assert cli("quantize", "bert", "q").code == 0
+    data = ("data.train=text.txt", "data.length=16", "data.rows=4", "data.cache=none")
+    ran = cli("train", "./q", "objective=masked", *data, "adapter.rank=2", "steps=2", "device=cpu", "out=run")
+    assert ran.code == 0, ran.err
+    assert is_quantized(lathe.load("run/checkpoints/last"))
+    ran = cli("evaluate", "q", "--data", "held.txt", "objective=masked", "--json")
+    assert ran.code == 0, ran.err

@@ -1,0 +1,58 @@
+"""The files as stock `transformers` opens them: every tensor in its place, and Lathe's logits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import lathe
+from lathe.quantization import codes_of
+from tests.quantization.test_quantise import drawn, inputs, text
+
+WAYS: tuple[dict[str, Any], ...] = (
+    {"bits": 8},
+    {"bits": 8, "activations": "none"},
+    {"bits": 8, "group": 32},
+    {"bits": 4},
+    {"bits": 4, "group": 64, "tables": 16},
+)
+
+
+@pytest.mark.parametrize("how", WAYS, ids=str)
+@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+def test_transformers_computes_the_same(name: str, how: dict[str, Any], tmp_path: Path):
+    model = drawn(name)
+    quantised = lathe.quantize(model, calibrate=text(model) if how["bits"] == 4 else (), **how)
+    _same(quantised, tmp_path / "q")
+
+
+@pytest.mark.parametrize("name", ["albert", "electra", "bart", "flan-t5"])
+def test_the_other_families_open_too(name: str, tmp_path: Path):
+    _same(lathe.quantize(drawn(name)), tmp_path / "q")
+
+
+def _same(quantised: lathe.Model, folder: Path) -> None:
+    assert quantised.save(folder).stock
+    kind = getattr(transformers, _class_of(folder))
+    stock, info = kind.from_pretrained(folder, output_loading_info=True)
+    assert sorted(info["missing_keys"]) == sorted(info["unexpected_keys"]) == []
+    with torch.no_grad():
+        ours, theirs = quantised(**inputs(quantised)).logits, stock.eval()(**inputs(quantised))
+    found = theirs.logits if "logits" in theirs else theirs.prediction_logits
+    assert ours is not None
+    # An input that stands between two codes may be rounded to either.
+    assert float((ours - found).norm() / ours.norm()) < (0.02 if any(_rounds(quantised)) else 1e-5)
+
+
+def _rounds(model: lathe.Model) -> list[bool]:
+    return [matrix.activations == "int8" for matrix in codes_of(model).values()]
+
+
+def _class_of(folder: Path) -> str:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return str(config["architectures"][0])
