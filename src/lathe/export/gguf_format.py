@@ -62,6 +62,8 @@ def write(source: Source, kind: Kind, place: Path) -> list[str]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place)) from error
         raise
     said = [*notes(source.architecture), *words.notes]
+    if kind.name == "q4_0":
+        said.append("the token table and the head are q8_0: they lose most by four bits")
     if short:
         said.append(f"matrices whose rows are no multiple of {_BLOCK} long are float16")
     return said

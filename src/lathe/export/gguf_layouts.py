@@ -232,8 +232,8 @@ def _of_relative_stacks(stacks: list[Stack], layout: Layout) -> Iterator[str]:
         yield "its encoder and decoder differ in heads, feed-forward, eps or buckets, and GGUF has one number for both"
     if len(stacks) > 1 and stacks[1].n_layers > stacks[0].n_layers:
         yield (
-            f"its decoder has {stacks[1].n_layers} layers and its encoder {stacks[0].n_layers}, and llama.cpp keeps "
-            "a cache for as many as the encoder has"
+            f"its decoder has {stacks[1].n_layers} layers and its encoder {stacks[0].n_layers}, and llama.cpp opens no "
+            "file whose decoder is the deeper one"
         )
 
 
