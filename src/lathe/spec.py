@@ -125,8 +125,8 @@ def _build(value: Any, hint: Any, path: str) -> Any:
     if spec is None or isinstance(value, Spec) or (value is None and type(None) in _alternatives(hint)):
         return value
     parse = getattr(spec, "parse", None)
-    if parse is not None and isinstance(value, str):
-        return parse(value)
+    if parse is not None and (value is None or isinstance(value, str)):
+        return parse("none" if value is None else value)  # a command line's `none` is nothing, and here a pattern
     return spec.from_dict(value, path)
 
 

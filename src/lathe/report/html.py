@@ -19,7 +19,8 @@ p.lead { color: #888; margin-top: 0; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .7rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 th { font-weight: 600; } th:first-child, td:first-child { text-align: left; }
-td.text, table.left th, table.left td { text-align: left; } tr.mark td { background: var(--soft); font-weight: 600; }
+th.text, td.text, table.left th, table.left td { text-align: left; }
+tr.mark td { background: var(--soft); font-weight: 600; }
 figure { margin: 1rem 0; background: #fff; border: 1px solid var(--line); border-radius: 6px; padding: .5rem; }
 figure svg { width: 100%; height: auto; display: block; }
 figcaption { color: #555; font-size: .9rem; padding: .2rem .4rem; }
@@ -57,10 +58,14 @@ class Page:
             marked: the number of a row to set apart.
             left: align everything to the left, for columns that hold words as well as numbers.
         """
-        head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+        lines = list(rows)
+        head = ""
+        for column, cell in enumerate(header):  # a heading stands where its cells do
+            words = not any(_is_number(cell) for line in lines for cell in line[column : column + 1])
+            head += f'<th class="text">{escape(cell)}</th>' if words else f"<th>{escape(cell)}</th>"
         kind = ' class="left"' if left else ""
         body = []
-        for number, row in enumerate(rows):
+        for number, row in enumerate(lines):
             mark = ' class="mark"' if number == marked else ""
             body.append(f"<tr{mark}>" + "".join(_cell(cell) for cell in row) + "</tr>")
         rows_html = f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"

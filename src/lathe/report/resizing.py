@@ -263,7 +263,7 @@ def _details(made: Page, steps: Sequence[Done]) -> None:
         if ends:
             for number, step in mine:
                 before, after = (_detail(step.detail, name) for name in _WHOLE)
-                made.text(f"Step {number} as a whole{ends.removeprefix(';')}{whole}: {before} and {after}.")
+                made.text(f"Step {number}, before and after: {before} and {after}, {whole}.")
         parts = [(number, step, _parts(step, is_split=bool(ends))) for number, step in mine]
         names = list(dict.fromkeys(name for *_, part in parts for name in part))
         if not names:
