@@ -254,7 +254,12 @@ def test_sources_that_come_often_are_encoded_once_with_fewer_places_than_sources
     model, encoded = model_of("bart"), []
     with pytest.MonkeyPatch.context() as patch:
         encode = model.encode
-        patch.setattr(model, "encode", lambda ids, mask: encoded.append(len(ids)) or encode(ids, mask))
+
+        def note(ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> Any:
+            encoded.append(len(ids_BT))
+            return encode(ids_BT, mask_BT)
+
+        patch.setattr(model, "encode", note)
         texts = [[5, 6, 7]] * 4 + [[8, 9]] * 4 + [[10]] * 4
         rows = decode_rows(model, texts, slots=2, max_new_tokens=4)
     assert sum(encoded) == 3
