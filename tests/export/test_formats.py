@@ -200,7 +200,7 @@ def test_a_program_that_is_not_installed_is_said_in_one_line(tmp_path: Path, mon
         return [package for package in packages if package.module == "llama_cpp"] or real(packages)
 
     monkeypatch.setattr(job, "missing", without_llama)
-    done = job.export(model("gpt2"), tmp_path / "model.gguf", to="gguf")
+    done = model("gpt2").export(tmp_path / "model.gguf", to="gguf")
     assert done.checked is None
     assert done.unchecked == "llama.cpp is not installed: pip install llama-cpp-python"
     assert (tmp_path / "model.gguf").read_bytes()[:4] == b"GGUF"

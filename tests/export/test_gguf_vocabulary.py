@@ -20,7 +20,7 @@ from tests.text.samples import trained
 )
 def test_each_kind_is_one_of_llama_cpps(convention: str, algorithm: str, before: bool, after: bool) -> None:
     tokenizer = trained(convention)
-    found = vocabulary(tokenizer, tokenizer.vocab_size + 3, tokenizer.eos_id)
+    found = vocabulary(tokenizer, tokenizer.vocab_size + 3)
     keys = found.keys
     assert keys["tokenizer.ggml.model"] == algorithm
     assert keys["tokenizer.ggml.add_bos_token"] is before
@@ -34,14 +34,14 @@ def test_each_kind_is_one_of_llama_cpps(convention: str, algorithm: str, before:
 
 def test_pieces_of_words_change_their_writing_for_wordpiece() -> None:
     tokenizer = trained("bert")
-    pieces = vocabulary(tokenizer, tokenizer.vocab_size, None).keys["tokenizer.ggml.tokens"]
+    pieces = vocabulary(tokenizer, tokenizer.vocab_size).keys["tokenizer.ggml.tokens"]
     begins, goes_on, special = (tokenizer.vocabulary[piece] for piece in ("the", "##s", "[CLS]"))
     assert (pieces[begins], pieces[goes_on], pieces[special]) == ("▁the", "s", "[CLS]")
 
 
 def test_unigram_keeps_its_scores_its_normalisation_and_says_what_bytes_become() -> None:
     tokenizer = trained("t5")
-    found = vocabulary(tokenizer, tokenizer.vocab_size, tokenizer.eos_id)
+    found = vocabulary(tokenizer, tokenizer.vocab_size)
     types, scores = found.keys["tokenizer.ggml.token_type"], found.keys["tokenizer.ggml.scores"]
     assert types[tokenizer.unk_id or 0] == UNKNOWN
     assert types.count(BYTE) == 256
@@ -53,18 +53,24 @@ def test_unigram_keeps_its_scores_its_normalisation_and_says_what_bytes_become()
 
 def test_merges_rank_the_pieces_of_bpe() -> None:
     tokenizer = trained("llama")
-    scores = vocabulary(tokenizer, tokenizer.vocab_size, tokenizer.eos_id).keys["tokenizer.ggml.scores"]
+    scores = vocabulary(tokenizer, tokenizer.vocab_size).keys["tokenizer.ggml.scores"]
     short, long = (tokenizer.vocabulary[piece] for piece in ("▁t", "▁the"))
     assert 0 >= scores[short] > scores[long]
 
 
 def test_what_llama_cpp_does_not_do_to_a_text_is_refused() -> None:
     with pytest.raises(RequestError, match=r"gguf cannot hold this tokenizer: its normaliser has Replace, .*unigram"):
-        vocabulary(trained("albert"), 800, None)
+        vocabulary(trained("albert"), 800)
     with pytest.raises(RequestError, match=r"its normaliser has Precompiled, and llama.cpp's BPE takes text"):
-        vocabulary(trained("t5", model="bpe"), 800, None)
+        vocabulary(trained("t5", model="bpe"), 800)
 
 
 def test_a_table_with_fewer_rows_than_tokens_is_refused() -> None:
     with pytest.raises(RequestError, match="the tokenizer has 800 tokens and the model's table 700 rows"):
-        vocabulary(trained("t5"), 700, None)
+        vocabulary(trained("t5"), 700)
+
+
+def test_a_text_may_end_in_two_ways() -> None:
+    keys = vocabulary(trained("llama"), 800, (2, 7)).keys
+    assert (keys["tokenizer.ggml.eos_token_id"], keys["tokenizer.ggml.eot_token_id"]) == (2, 7)
+    assert "tokenizer.ggml.eot_token_id" not in vocabulary(trained("llama"), 800, (2,)).keys

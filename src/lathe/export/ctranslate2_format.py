@@ -42,6 +42,8 @@ def write(source: Source, kind: Kind, place: Path) -> list[str]:
         for name, stack in source.architecture.stacks
         if stack.attention.window is not None
     ]
+    if len(source.architecture.tokens.eos) > 1:
+        notes.append("it ends a text in several ways, and CTranslate2's config names the first; give it `end_token`")
     if source.tokenizer is None:
         return [*notes, "the model has no tokenizer: CTranslate2's tokens are the ids, as text"]
     source.tokenizer.save(place)

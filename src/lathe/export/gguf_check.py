@@ -25,6 +25,8 @@ from lathe.export.compare import compare, probe, reference
 from lathe.model.transformer import Transformer
 from lathe.text.tokenizer import Tokenizer
 
+_ERROR = 4  # GGML_LOG_LEVEL_ERROR of ggml.h, which the package does not name
+
 TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
     "In 1984, 3.14 was about 22/7; that's all we'll say!",
@@ -50,7 +52,7 @@ def check(source: Source, place: Path, rounded: Mapping[str, Tensor]) -> Checked
     import llama_cpp
 
     architecture, rows = source.architecture, probe(source.architecture)
-    with _quietly(llama_cpp), _opened(llama_cpp, place) as opened:
+    with _quietly(llama_cpp) as errors, _opened(llama_cpp, place, errors) as opened:
         found = [_theirs(llama_cpp, opened, architecture, row) for row in rows]
         same, odd = _texts(llama_cpp, opened, source.tokenizer)
     exact, as_stored = ([_ours(model, row) for row in rows] for model in _models(source, rounded))
@@ -104,28 +106,33 @@ def _target(row: Tensor, start: int | None) -> Tensor:
 
 
 @contextmanager
-def _quietly(library: Any) -> Iterator[None]:
-    """Without llama.cpp's account of what it loads; what fails returns an error here."""
+def _quietly(library: Any) -> Iterator[list[str]]:
+    """Without llama.cpp's account of what it loads; the errors in it are kept, and yielded."""
+    errors: list[str] = []
 
-    def ignore(level: int, text: bytes, data: Any) -> None:
-        pass
+    def keep(level: int, text: bytes, data: Any) -> None:
+        if level == _ERROR:
+            errors.append(text.decode(errors="replace").strip())
 
-    callback = library.llama_log_callback(ignore)
+    own = getattr(library, "_logger", None)
+    before = library.llama_log_callback(0) if own is None else own.llama_log_callback
+    callback = library.llama_log_callback(keep)
     library.llama_log_set(callback, ctypes.c_void_p(0))
     try:
-        yield
+        yield errors
     finally:
-        library.llama_log_set(library.llama_log_callback(0), ctypes.c_void_p(0))
+        library.llama_log_set(before, ctypes.c_void_p(0))
 
 
 @contextmanager
-def _opened(library: Any, place: Path) -> Iterator[Any]:
+def _opened(library: Any, place: Path, errors: list[str]) -> Iterator[Any]:
     library.llama_backend_init()
     settings = library.llama_model_default_params()
     settings.n_gpu_layers = 0
     model = library.llama_model_load_from_file(str(place).encode(), settings)
     if not model:
-        raise LatheError(f"llama.cpp ({library.__version__}) cannot open what was written; nothing was kept")
+        why = f": {errors[0]}" if errors else ""
+        raise LatheError(f"llama.cpp ({library.__version__}) cannot open what was written{why}; nothing was kept")
     try:
         yield model
     finally:

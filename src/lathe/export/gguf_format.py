@@ -74,7 +74,7 @@ def _vocabulary(source: Source) -> Vocabulary:
     rows = source.architecture.embedding.vocab_size
     if source.tokenizer is None:
         return without(rows)
-    return vocabulary(source.tokenizer, rows, tokens.eos[0] if tokens.eos else None)
+    return vocabulary(source.tokenizer, rows, tokens.eos)
 
 
 def _type(name: str, shape: Any, kind: str) -> str:

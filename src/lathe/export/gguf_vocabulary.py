@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,12 +48,12 @@ class Vocabulary:
     notes: tuple[str, ...] = ()
 
 
-def vocabulary(tokenizer: Tokenizer, rows: int, end: int | None) -> Vocabulary:
+def vocabulary(tokenizer: Tokenizer, rows: int, ends: Sequence[int] = ()) -> Vocabulary:
     """A tokenizer as GGUF's keys.
 
     Args:
         rows: how many rows the token table has; those without a piece get an unused one.
-        end: the id at which the model ends a text.
+        ends: the ids at which the model ends a text; llama.cpp keeps two.
 
     Raises:
         RequestError: a tokenizer that does what llama.cpp's of that kind does not.
@@ -66,7 +66,7 @@ def vocabulary(tokenizer: Tokenizer, rows: int, end: int | None) -> Vocabulary:
     kinds = {"Unigram": _unigram, "WordPiece": _wordpiece, "BPE": _bytes if byte_level else _characters}
     if model["type"] not in kinds:
         raise RequestError(_refused(f"its algorithm is {model['type']}"))
-    return _with_pieces(kinds[model["type"]](document), document, tokenizer, rows, end)
+    return _with_pieces(kinds[model["type"]](document), document, tokenizer, rows, ends)
 
 
 def without(rows: int) -> Vocabulary:
@@ -85,7 +85,7 @@ class _Algorithm:
 
 
 def _with_pieces(
-    algorithm: _Algorithm, document: Mapping[str, Any], tokenizer: Tokenizer, rows: int, end: int | None
+    algorithm: _Algorithm, document: Mapping[str, Any], tokenizer: Tokenizer, rows: int, ends: Sequence[int]
 ) -> Vocabulary:
     added = {token["id"]: token for token in document["added_tokens"]}
     pieces, types = [f"[PAD{row}]" for row in range(rows)], [UNUSED] * rows
@@ -103,7 +103,7 @@ def _with_pieces(
         "tokenizer.ggml.token_type": types,
         "tokenizer.ggml.add_bos_token": bool(around[0]),
         f"tokenizer.ggml.add_{'sep' if algorithm.phantom else 'eos'}_token": bool(around[1]),
-        **_special_ids(tokenizer, around, end),
+        **_special_ids(tokenizer, around, ends),
     }
     if algorithm.scores is not None:
         keys["tokenizer.ggml.scores"] = scores
@@ -133,11 +133,13 @@ def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     return before, after
 
 
-def _special_ids(tokenizer: Tokenizer, around: tuple[list[int], list[int]], end: int | None) -> dict[str, int]:
+def _special_ids(tokenizer: Tokenizer, around: tuple[list[int], list[int]], ends: Sequence[int]) -> dict[str, int]:
     before, after = around
+    end = ends[0] if ends else tokenizer.eos_id
     ids = {
         "bos": before[0] if before else tokenizer.bos_id,
-        "eos": after[0] if after and tokenizer.sep_id is None else tokenizer.eos_id if end is None else end,
+        "eos": after[0] if after and tokenizer.sep_id is None else end,
+        "eot": ends[1] if len(ends) > 1 else None,
         "unknown": tokenizer.unk_id,
         "seperator": after[0] if after and tokenizer.sep_id is not None else tokenizer.sep_id,  # as GGUF spells it
         "padding": tokenizer.pad_id,
