@@ -26,6 +26,7 @@ from lathe.engine.native import Handle, NoLibrary, library
 from lathe.engine.pack import Unsupported
 from lathe.model.attention import AttentionLayer
 from lathe.model.block import Layer
+from lathe.model.embedding import TokenTable
 from lathe.model.heads import LanguageHead, TiedOutput
 from lathe.model.norm import RMSNorm
 from lathe.model.positions import rotation, sinusoid
@@ -193,6 +194,8 @@ class _Draft:
     def _enter(self, model: Transformer, stack: TransformerStack) -> None:
         embedding, own = model.embedding, stack.input
         width = model.architecture.width
+        if not isinstance(embedding.tokens, TokenTable):
+            raise Unsupported("the token table is in codes: the native step reads float32")
         table = self.keep(pack.plain(embedding.tokens.weight, "the token table"))
         types = positions = None
         if own.token_types is not None:
