@@ -191,6 +191,8 @@ def quantised_objections(family: Family, architecture: Architecture, codes: Mapp
             )
             return [reason]
         scheme = _scheme(codes[entry.ours[0]])
+        if scheme.format == PACKED and not family.opens_packed:
+            return [f"transformers does not open a {family.name} with packed codes, as {entry.theirs} has; 8 bits open"]
         if scheme.format == PACKED and not scheme.symmetric:
             return [f"transformers does not open packed codes with zero points, as {entry.theirs} has"]
         if scheme.format == PACKED and _other_modules(family, architecture, entry):

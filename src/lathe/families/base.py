@@ -89,6 +89,8 @@ class Family:
             beside the head its config names (bert-base-uncased does); they are left out and the reader lists them.
         ignored: `fnmatch` patterns of stored tensors that hold nothing trained (buffers, old copies).
         renamed: regular expressions and replacements for names of older files, applied before `entries`.
+        opens_packed: whether the stock classes open weights that are packed codes; some look at the `weight` of their
+            layers while they load, and packed ones have none.
     """
 
     name: str
@@ -101,6 +103,7 @@ class Family:
     other_heads: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
+    opens_packed: bool = True
 
 
 # Hugging Face's names of activation functions and ours. Names that compute the same are written as the first.

@@ -280,6 +280,7 @@ def _family(model_type: str, class_prefix: str) -> Family:
         other_heads=("lm_head.*", "classification_head.*", "classifier.*", "qa_outputs.*"),
         # A bias of cross-attention that files of the first release store and nothing reads.
         ignored=("*EncDecAttention.relative_attention_bias.weight",),
+        opens_packed=False,
     )
 
 
