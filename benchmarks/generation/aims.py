@@ -37,7 +37,7 @@ class Aim:
 
 def aims(rows: Iterable[Figures]) -> list[Aim]:
     """Every aim for one shape that decodes, from its contestants' medians."""
-    found = list(rows)
+    found = [row for row in rows if not row.reason]
 
     def best(task: str, wanted: Callable[[Figures], bool]) -> float | None:
         return max((row.medians[task] for row in found if task in row.medians and wanted(row)), default=None)

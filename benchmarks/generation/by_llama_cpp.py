@@ -3,7 +3,7 @@
 Lathe exports the model to GGUF in float32, and llama.cpp's own quantiser makes Q8_0 and Q4_0 of that, by its own
 recipe. Rows are sequences of one context with a place for each; a step is one `llama_decode` of one token a row, and
 the likeliest token is taken with numpy, which is faster than llama.cpp's sampler. Keys and values are float16, its
-default, but for F32, which is there to compute the same as everyone.
+default, and its attention is what it picks; but for F32, which is there to compute the same as everyone.
 """
 
 from __future__ import annotations
@@ -129,6 +129,7 @@ class Runner:
             asked.embeddings, asked.pooling_type = True, POOLING_NONE
         if self.precision == "F32":
             asked.type_k = asked.type_v = F32
+            asked.flash_attn_type = self.lib.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it rounds on its way
         self._context = self.lib.llama_init_from_model(self.model, asked)
         if not self._context:
             raise Unfit(f"llama.cpp makes no context of {batch} rows with {places} places (its reason is in the log)")

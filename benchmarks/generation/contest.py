@@ -69,14 +69,15 @@ def contest(shape: Shape, setting: Setting, work: Path) -> Result:
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
         for row in setting.rows:
-            worker = stack.enter_context(setting.worker(row, shape, model, folder))
             try:
-                found[row.name].version = worker.ask("prepare")["version"]
+                # In a process of its own: what a conversion leaves in memory is not the runtime's.
+                with setting.worker(row, shape, model, folder) as once:
+                    found[row.name].version = once.ask("prepare")["version"]
             except (Unfit, Broken) as reason:
                 found[row.name].gave_up(reason)
                 setting.say(f"{shape.name}: {row.name}: {reason}")
             else:
-                workers[row.name] = worker
+                workers[row.name] = stack.enter_context(setting.worker(row, shape, model, folder))
         agreement = same_tokens(shape, workers, found, setting.sizes)
         if agreement is not None:
             setting.say(f"{shape.name}: {agreement.line()}")

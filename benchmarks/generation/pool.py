@@ -83,8 +83,8 @@ class Worker:
         if not line:
             code = self._process.wait()
             lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
-            last = next((each.strip() for each in reversed(lines) if each.strip()), f"exit code {code}")
-            raise Broken(f"{last[:160]} (all of it is in {self.log})")
+            last = next((each.strip() for each in reversed(lines) if each.strip()), "nothing is in its log")
+            raise Broken(f"ended with code {code}: {last[:160]}")
         self._hold()
         answer: dict[str, Any] = json.loads(line)
         if "unfit" in answer:

@@ -73,14 +73,16 @@ def shape_table(shape: Shape, found: Iterable[Figures], agreement: Agreement | N
         if any(each.errors for each in rows):
             cells.append(_errors(row))
         lines.append(f"| {row.name} | " + " | ".join(cells) + " |")
+    versions = dict.fromkeys(row.version for row in rows if row.version)
+    lines += ["", "; ".join(versions)] if versions else []
     held = aims_table(rows) if shape.aimed and any(row.ours and row.medians for row in rows) else []
     return "\n".join([*lines, *ratios(rows, tasks), *held])
 
 
 def ratios(rows: list[Figures], tasks: list[str]) -> list[str]:
     """Lathe's rows over the best peer of as many bits, over the best of any, and over `transformers`."""
-    ours = [row for row in rows if row.ours and row.medians]
-    peers = [row for row in rows if not row.ours and row.medians]
+    ours = [row for row in rows if row.ours and row.medians and not row.reason]
+    peers = [row for row in rows if not row.ours and row.medians and not row.reason]
     if not ours or not peers:
         return []
     lines = ["", "| ratio to the best peer: of as many bits / of any / to transformers | " + " | ".join(tasks) + " |"]
@@ -92,10 +94,8 @@ def ratios(rows: list[Figures], tasks: list[str]) -> list[str]:
             plain = _over(row, [peer for peer in peers if peer.name == "transformers"], task)
             cells.append(f"{same} / {_over(row, peers, task)} / {plain}")
         lines.append(f"| {row.name} | " + " | ".join(cells) + " |")
-    best = [
-        max((peer for peer in peers if task in peer.medians), key=lambda peer: peer.medians[task]) for task in tasks
-    ]
-    lines.append("| best peer of any width | " + " | ".join(peer.name for peer in best) + " |")
+    best = [max(peers, key=lambda peer: peer.medians.get(task, 0.0)).name for task in tasks]
+    lines.append("| best peer of any width | " + " | ".join(best) + " |")
     return lines
 
 
