@@ -26,7 +26,7 @@ def _installed(to: str) -> None:
     form = format_of(to)
     absent = missing((*form.writer, *form.runtime))
     if absent:
-        pytest.skip(f"{to} wants {', '.join(package.pip for package in absent)}")
+        pytest.skip(f"{to} wants {', '.join(dict.fromkeys(package.pip for package in absent))}")
 
 
 def test_the_report_says_what_was_written_and_how_it_was_verified(cli: Cli, saved: Path, tmp_path: Path) -> None:

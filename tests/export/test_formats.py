@@ -51,7 +51,7 @@ def _installed(to: str) -> None:
     form = format_of(to)
     absent = missing((*form.writer, *form.runtime))
     if absent:
-        pytest.skip(f"{to} wants {', '.join(package.pip for package in absent)}")
+        pytest.skip(f"{to} wants {', '.join(dict.fromkeys(package.pip for package in absent))}")
 
 
 def _path(folder: Path, to: str) -> Path:

@@ -96,7 +96,7 @@ def check(source: Source, kind: Kind, place: Path) -> Checked:
         elif source.architecture.encoder is None:
             wanted, found, what = _logits(model, rows, place, compute)
         else:
-            wanted, found, what = _scores(model, rows, token_names(source), place, compute)
+            wanted, found, what = _greedy(model, rows, token_names(source), place, compute)
     except (RuntimeError, ValueError) as error:
         raise LatheError(f"CTranslate2 cannot run what was written: {error}") from error
     return Checked(runtime, what, compare(wanted, found))
@@ -110,7 +110,7 @@ def _hidden_states(model: Transformer, rows: list[Tensor], place: Path, compute:
 
     encoder = ctranslate2.Encoder(str(place), device="cpu", compute_type=compute)
     types = model.architecture.embedding.token_types
-    numbers = [[place % types for place in range(len(row))] for row in rows] if types else None
+    numbers = [[at % types for at in range(len(row))] for row in rows] if types else None
     inputs = {} if numbers is None else {"token_type_ids": numbers}
     answer = encoder.forward_batch([row.tolist() for row in rows], **inputs)
     found_BTD = torch.from_numpy(_array(answer.last_hidden_state))
@@ -144,7 +144,7 @@ def _logits(model: Transformer, rows: list[Tensor], place: Path, compute: str) -
     return wanted, found, "logits"
 
 
-def _scores(model: Transformer, rows: list[Tensor], names: list[str], place: Path, compute: str) -> _Outputs:
+def _greedy(model: Transformer, rows: list[Tensor], names: list[str], place: Path, compute: str) -> _Outputs:
     """The logits of the first tokens that are decoded greedily: each step reads the encoder and the steps before."""
     import ctranslate2
 

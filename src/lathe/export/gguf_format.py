@@ -1,7 +1,7 @@
 """GGUF: one file with a model's sizes, its tokenizer and its weights, which llama.cpp maps into memory and runs.
 
 Matrices are stored in the type that is asked for; vectors, position tables and norms stay float32. `q8_0` and `q4_0`
-store 32 neighbours of a row as whole numbers of 8 or 4 bits with one float16 scale (18 and 34 bytes for 32 weights); a
+store 32 neighbours of a row as whole numbers of 8 or 4 bits with one float16 scale (34 and 18 bytes for 32 weights); a
 matrix whose rows are no multiple of 32 long is float16. With `q4_0` the token table and the head are `q8_0`: they
 lose most by it, and llama.cpp's own tool gives the head more bits as well.
 """

@@ -115,6 +115,7 @@ def without_heads(architecture: Architecture) -> Architecture:
     head = architecture.head
     if head.language is None and head.classifier is None:
         raise RequestError("body leaves the token head and the classifier out, and this model has neither; drop it")
+    # This one belongs to a bare BERT as well; any other is a part of its classifier.
     pooler = head.pooler if head.pooler == Pooler(token="first", activation="tanh") else None
     return architecture.with_({"head.language": None, "head.classifier": None, "head.pooler": pooler})
 
