@@ -321,8 +321,8 @@ def folded_tensors(model: Transformer) -> dict[str, Tensor]:
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     for name, held in model.named_modules():
         if isinstance(held, Quantized):
-            own = [f"{name}.{part}" for part, _ in held.named_buffers(recurse=False)]
-            tensors = {key: tensor for key, tensor in tensors.items() if key not in own}
+            coded = [f"{name}.{part}" for part, _ in held.named_buffers(recurse=False)]
+            tensors = {key: tensor for key, tensor in tensors.items() if key not in coded}
             tensors[f"{name}.weight"] = held.dequantized()
     for name, layer in lora_layers(model):
         own = f"{name}.adapters."

@@ -148,7 +148,7 @@ def _targeted(module: str, targets: list[str]) -> bool:
 def _scheme(group: Mapping[str, Any], general: Any) -> Scheme:
     weights, inputs = group.get("weights") or {}, group.get("input_activations")
     form = group.get("format") or general
-    bits, strategy = weights.get("num_bits"), weights.get("strategy")
+    bits, strategy = weights.get("num_bits", 0), weights.get("strategy")
     allowed = {
         "format": (form, (INT, PACKED)),
         "weights.type": (weights.get("type", "int"), ("int",)),
@@ -175,7 +175,9 @@ def _scheme(group: Mapping[str, Any], general: Any) -> Scheme:
     size = weights.get("group_size") if strategy == "group" else 0
     if type(size) is not int or size < 0:
         raise RequestError(f"weights.group_size={size!r} in the config's {KEY}: expected a whole number")
-    return Scheme(bits, size, weights.get("symmetric", True), "none" if inputs is None else "int8", form)
+    return Scheme(
+        int(bits), size, bool(weights.get("symmetric", True)), "none" if inputs is None else "int8", str(form)
+    )
 
 
 # --- a file -----------------------------------------------------------------------------------------------
@@ -265,6 +267,10 @@ class CompressedSource:
         codes_OI = self._source.tensor(f"{module}.{_PACKED}" if packed else name)
         if packed:
             codes_OI = unpack(self._whole(module, _PACKED, codes_OI, (rows, -(-columns * bits // 32))), columns, bits)
+        if scheme.group_size and columns % scheme.group_size:
+            raise RequestError(
+                f"{module} has rows of {columns}, which groups of {scheme.group_size} do not fill; is it whole?"
+            )
         groups = columns // scheme.group_size if scheme.group_size else 1
         scales_OG = self._source.tensor(f"{module}.{_SCALE}")
         self._whole(module, _SCALE, scales_OG, (rows, groups))

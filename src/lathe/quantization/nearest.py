@@ -40,12 +40,12 @@ class Grid:
     @property
     def lowest(self) -> int:
         """The lowest code."""
-        return -127 if self.bits == 8 and self.zeros_OG is None else -(2 ** (self.bits - 1))
+        return -127 if self.bits == 8 and self.zeros_OG is None else -(1 << self.bits - 1)
 
     @property
     def highest(self) -> int:
         """The highest code."""
-        return 2 ** (self.bits - 1) - 1
+        return (1 << self.bits - 1) - 1
 
     def codes(self, weight_OGS: Tensor) -> Tensor:
         """The nearest codes, O × G × S, in the weights' type."""

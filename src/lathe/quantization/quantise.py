@@ -87,7 +87,7 @@ def quantise(
     )
 
 
-def _codes(weight_OI: Tensor, target: Target, method: str, moments_II: Tensor | None) -> Codes:
+def _codes(weight_OI: Tensor, target: Target, method: str | None, moments_II: Tensor | None) -> Codes:
     loud_I = None if moments_II is None else moments_II.diagonal()
     grid = choose_grid(
         weight_OI, bits=target.bits, group_size=target.group_size, symmetric=target.symmetric, loud_I=loud_I

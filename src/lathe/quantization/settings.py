@@ -128,6 +128,7 @@ def choose_targets(architecture: Architecture, settings: QuantizeSettings) -> li
     found = candidates(architecture)
     kept = kept_by(settings.keep, [p.name.removesuffix(_END) for p in found])
     targets: list[Target] = []
+    language = architecture.head.language
     for p in found:
         is_table = p.axes[0].name == "vocab"
         if p.name.removesuffix(_END) in kept or (is_table and settings.tables == 16):
@@ -138,7 +139,8 @@ def choose_targets(architecture: Architecture, settings: QuantizeSettings) -> li
         if is_table:
             asked = 0 if bits == 8 else asked or 32
         symmetric = settings.symmetric or (is_table and bits == 8)
-        rounds = settings.activations == "int8" and bits == 8
+        multiplies = p.role != "table" or (language is not None and language.tied)
+        rounds = settings.activations == "int8" and bits == 8 and multiplies
         targets.append(
             Target(p.name, bits, _fitting(asked, p.axes[1].size), symmetric, "int8" if rounds else "none", is_table)
         )
