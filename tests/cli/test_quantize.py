@@ -135,6 +135,15 @@ def test_a_quantised_source_is_refused_everywhere_in_one_line(cli: Callable, her
     assert not Path("again").exists()
 
 
+def test_it_is_compared_with_the_model_that_it_was(cli: Callable, here: Path):
+    assert cli("quantize", "bert", "q").code == 0
+    ran = cli("compare", "bert", "q", "--data", "held.txt", "--device", "cpu", "--json")
+    assert ran.code == 0, ran.err
+    before, after = json.loads(ran.out)["rows"]
+    assert after["bytes"] < 0.5 * before["bytes"]
+    assert after["loss"] == pytest.approx(before["loss"], rel=0.05)
+
+
 def test_a_full_disk_leaves_nothing(cli: Callable, here: Path, monkeypatch: pytest.MonkeyPatch):
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -105,7 +105,7 @@ def compare(
         raise RequestError(f"{next(name for name in models if models.count(name) > 1)} is named twice; name it once")
     say = (reporter or Silent()).say
     where = pick_device(device)
-    opened = [open_source(name) for name in models]
+    opened = [open_source(name, quantized=True) for name in models]
     for each in opened:
         if each.tokenizer is None:
             raise RequestError(f"{each.name} holds no tokenizer to read the text with; put its tokenizer beside it")

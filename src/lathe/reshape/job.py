@@ -31,6 +31,7 @@ from lathe.checkpoint.load import CONFIG, open_checkpoint
 from lathe.errors import RequestError
 from lathe.families import objections
 from lathe.model.transformer import Transformer
+from lathe.quantization.place import fill
 from lathe.reshape.calibrate import Batch
 from lathe.reshape.heal import HealSettings
 from lathe.reshape.outcome import Outcome
@@ -307,25 +308,27 @@ def _asked_again(kind: type[A], noted: Mapping[str, Any] | None, file: str | Non
     return kind.from_dict({**values, **({"file": file} if file else {})}, name)
 
 
-def open_source(name: str, *, stream: bool = False) -> Source:
+def open_source(name: str, *, stream: bool = False, quantized: bool = False) -> Source:
     """A directory or hub id as a model with what travels with it.
 
     Args:
         stream: read each weight when it is used, and keep none.
+        quantized: whether a quantised model will do.
 
     Raises:
-        RequestError: no such model, or one that is quantised already.
+        RequestError: no such model, or a quantised one where that will not do.
     """
-    refuse_quantised(name)
-    checkpoint = open_checkpoint(name)
+    if not quantized:
+        refuse_quantised(name)
+    checkpoint = open_checkpoint(name, quantized=quantized)
     parameters = checkpoint.parameters
     assert checkpoint.directory is not None
     model: Transformer
     if stream:
         model = StreamedTransformer(checkpoint.architecture, Tensors.reading(parameters.names(), parameters.tensor))
     else:
-        model = Transformer(checkpoint.architecture, device="meta")
-        model.load_state_dict({each: parameters.tensor(each) for each in parameters.names()}, assign=True)
+        model, codes = Transformer(checkpoint.architecture, device="meta"), checkpoint.codes
+        fill(model, {each: parameters.tensor(each) for each in parameters.names() if each not in codes}, codes)
     tokenizer = Tokenizer.load(checkpoint.directory) if Tokenizer.is_in(checkpoint.directory) else None
     return Source(name, checkpoint.directory, model.eval(), tokenizer, checkpoint.generation, checkpoint.config)
 
