@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -68,7 +68,7 @@ MASKS = {
 }
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(
     architectures(),
     st.integers(0, 99),
@@ -104,7 +104,7 @@ def test_a_pass_is_the_modules(
     assert set(engine.fallbacks) <= {"a pooler reads a pad"}
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(
     architectures(shapes=("decoder", "both"), language=True),
     st.integers(0, 99),

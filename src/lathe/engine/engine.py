@@ -35,7 +35,7 @@ from lathe.model.output import Output
 from lathe.model.stack import Memory
 from lathe.model.transformer import Transformer, check_ids
 
-PRECISIONS = ("float32", "int8")
+PRECISIONS = ("float32", "int8", "int4")
 
 
 class Engine:
@@ -44,8 +44,8 @@ class Engine:
     Args:
         model: in evaluation. Its weights are read where they are (float32) or packed once (int8), so the engine does
             not see a change that is made to them later; make a new one.
-        precision: what plain linear layers and the output table are stored as; with `int8` the rows that they read
-            are rounded too, each by its own largest magnitude.
+        precision: what plain linear layers and the output table are stored as; with `int8` and `int4` the rows that
+            they read are rounded to int8, each by its largest magnitude. Layers that are quantised stay as they are.
         threads: how many compute; None for as many as PyTorch uses, asked at each call.
         instructions: the instruction set, for tests; None for the best of the machine.
         programs: of this model, where they are there already.
@@ -80,6 +80,7 @@ class Engine:
             programs = Programs.of(model, precision, instructions, self._threads())
         self.reason = programs.reason
         self._encoder, self._decoder = programs.encoder, programs.decoder
+        self._logits: Tensor | None = None  # that are looked at by nobody else
 
     @property
     def native(self) -> bool:
@@ -199,6 +200,27 @@ class Engine:
             return self.model.encode(input_ids, attention_mask, token_type_ids, position_ids)
         return self._encode(input_ids, attention_mask, token_type_ids, position_ids, None)[0]
 
+    @torch.no_grad()
+    def choose(
+        self, ids_BT: Tensor, mask_BT: Tensor | None, cache: Cache, memory: Memory | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Read ids into the cache; each row's likeliest next token and its log-probability, B each.
+
+        The token is -1 where a logit is no number. None, with nothing read, where the modules have to serve.
+
+        Args:
+            mask_BT: 1 for a token, 0 for a pad, none of which is in the last column; None where all are tokens.
+        """
+        if self._cannot(None, mask_BT, memory, cache) is not None or self._decoder is None:
+            return None
+        given = _Given(ids_BT, mask_BT, None, None)
+        rows = len(ids_BT)
+        if self._logits is None or len(self._logits) < rows:
+            self._logits = torch.empty(rows, self.architecture.embedding.vocab_size)
+        chosen = torch.empty(rows, dtype=torch.long), torch.empty(rows)
+        self._run(self._decoder, given, 1, cache=cache, memory=memory, chosen=chosen)
+        return chosen
+
     def _cannot(
         self, mask: Tensor | None, decoder_mask: Tensor | None, memory: Memory | None, cache: Cache | None
     ) -> str | None:
@@ -212,8 +234,6 @@ class Engine:
             return "a row has pads between its tokens"
         if cache is not None and cache.layers[0].read()[0].dtype != torch.float32:
             return "the cache is not float32"
-        if getattr(cache, "n_shared", 0):
-            return "the rows share their beginning"
         if cache is None and self.model.head.token == "first" and padded is not None and not bool(padded[:, 0].all()):
             return "a pooler reads a pad"
         if self._encoder is not None and self._decoder is not None:
@@ -248,8 +268,13 @@ class Engine:
         cache: Cache | None = None,
         memory: Memory | None = None,
         wants_logits: bool = True,
+        chosen: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Hidden states (without a cache) and logits (of a language head) of one stack's pass."""
+        """Hidden states (without a cache) and logits (of a language head) of one stack's pass.
+
+        Args:
+            chosen: where tokens and their log-probabilities go, in place of logits that anyone sees.
+        """
         ids_BT = given.checked(self.architecture.embedding.vocab_size, program)
         batch, columns = ids_BT.shape
         mask_BT = given.mask
@@ -260,14 +285,14 @@ class Engine:
                 wide = tensor.to(torch.long).expand(batch, columns).contiguous()
                 held.append(wide)
                 setattr(call, name, wide.data_ptr())
-        reach = columns  # places that a key or a query may stand at
+        reach, places_BT = columns, None  # places that a key or a query may stand at
         if cache is not None:
             before_B = cache.lengths_B
-            cache.place(mask_BT, columns)
-            reach = cache.filled
+            places_BT = cache.place(mask_BT, columns)
+            reach = cache.seen
             call.lengths = before_B.data_ptr()
             held += [before_B, *_fill_cache(call, cache)]
-        given.check_positions(program, cache, reach)
+        given.check_positions(program, places_BT, reach)
         farthest = reach if given.positions is None else max(reach, int(given.positions.max()) + 1)
         _fill_tables(call, program, reach, farthest)
         if memory is not None:
@@ -278,7 +303,11 @@ class Engine:
             n_tokens = batch * columns if mask_BT is None else int(mask_BT.sum())
             hidden = torch.empty(n_tokens, self.architecture.d_model)
             call.hidden = hidden.data_ptr()
-        if self.model.head.language is not None and wants_logits:
+        if chosen is not None:
+            assert self._logits is not None
+            call.logits, call.chosen = self._logits.data_ptr(), chosen[0].data_ptr()
+            call.log_probabilities = chosen[1].data_ptr()
+        elif self.model.head.language is not None and wants_logits:
             kept = batch * min(call.keep, columns) if mask_BT is None else int(mask_BT[:, -call.keep :].sum())
             logits = torch.empty(kept, self.architecture.embedding.vocab_size)
             call.logits = logits.data_ptr()
@@ -343,14 +372,14 @@ class _Given:
             raise RequestError(f"token_type_ids: expected numbers from 0 to {len(table.weight) - 1}")
         return self.ids.to(torch.long).contiguous()
 
-    def check_positions(self, program: Program, cache: Cache | None, reach: int) -> None:
+    def check_positions(self, program: Program, places_BT: Tensor | None, reach: int) -> None:
         """RequestError where a position is past the model's table."""
         if program.stack.input.spec.limit is None:
             return
         if self.positions is not None:
             program.stack.input.check_length(self.positions)
-        elif cache is not None:
-            program.stack.input.check_length(cache.slots_BT.clamp(max=reach - 1))
+        elif places_BT is not None:
+            program.stack.input.check_length(places_BT.clamp(max=reach - 1))
         else:
             program.stack.input.check_length(torch.tensor([[reach - 1]]))
 
@@ -373,7 +402,14 @@ def _fill_cache(call: layout.Call, cache: Cache) -> list[object]:
     k, v = _pointers([each[0] for each in both]), _pointers([each[1] for each in both])
     call.cache_k, call.cache_v = k, v
     call.cache_row, call.cache_head = both[0][0].stride()[:2]
-    return [k, v]
+    held: list[object] = [k, v]
+    shared = [layer.shared for layer in cache.layers if layer.shared is not None]
+    if shared:
+        k, v = _pointers([each[0] for each in shared]), _pointers([each[1] for each in shared])
+        call.first_k, call.first_v, call.n_first = k, v, cache.n_shared
+        call.first_head = shared[0][0].stride(1)
+        held += [k, v]
+    return held
 
 
 def _fill_memory(call: layout.Call, both: list[tuple[Tensor, Tensor]]) -> list[object]:

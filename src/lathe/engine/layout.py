@@ -10,7 +10,7 @@ PANEL = 32  # outputs that a packed panel holds
 # How a matrix is stored.
 FLOAT, BYTE, NIBBLE = range(3)
 # What an operation does.
-EMBED, NORMALISE, MULTIPLY, SELF_ATTEND, CROSS_ATTEND, KEEP, HIDDEN, MEMORY, REMEMBER = range(9)
+EMBED, NORMALISE, MULTIPLY, SELF_ATTEND, CROSS_ATTEND, KEEP, HIDDEN, MEMORY, REMEMBER, CHOOSE = range(10)
 # How a product's parts are put down.
 SIDE_BY_SIDE, ADD, GATED = range(3)
 # Which rows an operation works on.
@@ -27,6 +27,7 @@ class Linear(ctypes.Structure):
         ("outputs", c_int32),
         ("inputs", c_int32),
         ("group", c_int32),
+        ("exact", c_int32),
         ("weight", c_void_p),
         ("scales", c_void_p),
         ("zeros", c_void_p),
@@ -62,6 +63,12 @@ class Embed(ctypes.Structure):
 
     _fields_ = [
         ("table", c_void_p),
+        ("codes", c_void_p),
+        ("codes_row", c_int64),
+        ("scales", c_void_p),
+        ("zeros", c_void_p),
+        ("bits", c_int32),
+        ("groups", c_int32),
         ("types", c_void_p),
         ("positions", c_void_p),
         ("width", c_int32),
@@ -119,6 +126,10 @@ class Call(ctypes.Structure):
         ("cache_v", POINTER(c_void_p)),
         ("cache_row", c_int64),
         ("cache_head", c_int64),
+        ("first_k", POINTER(c_void_p)),
+        ("first_v", POINTER(c_void_p)),
+        ("first_head", c_int64),
+        ("n_first", c_int32),
         ("memory_k", POINTER(c_void_p)),
         ("memory_v", POINTER(c_void_p)),
         ("memory_row", c_int64),
@@ -138,5 +149,7 @@ class Call(ctypes.Structure):
         ("keep", c_int32),
         ("threads", c_int32),
         ("logits", c_void_p),
+        ("chosen", c_void_p),
+        ("log_probabilities", c_void_p),
         ("hidden", c_void_p),
     ]

@@ -1,19 +1,26 @@
-"""Weights as the native step reads them: float32 where PyTorch has them, or packed once into panels of whole numbers.
+"""Weights as the native step reads them: float32 where PyTorch has them, or packed once into panels of codes.
 
 A packed panel holds 32 outputs. Four inputs of an output stand side by side as unsigned bytes, then those of the next
-output, so one 64-byte load feeds one instruction that multiplies and adds 64 of them (`native/kernels_whole.h`). int8
-has one scale an output, the largest magnitude over 127.
+output, so one 64-byte load feeds one instruction that multiplies and adds 64 of them (`native/kernels_whole.h`). Codes
+of 4 bits stand two to a byte, an input and the one four after it.
 
-Shape suffixes: O outputs, I inputs.
+A quantised layer (`lathe.model.quantized`) keeps its codes, and what is said about its inputs: with int8 activations
+they are rounded as it rounds them, without they are taken as they are and each panel is made numbers again on its way
+through the cache. A float layer is quantised here where a precision asks for it: int8 with a scale an output, int4
+with one for 32 weights that stand beside each other; both with int8 activations.
+
+Shape suffixes: O outputs, I inputs, G groups, P panels, K steps of inputs.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lathe.engine import layout, native
 from lathe.engine.layout import PANEL, Linear
+from lathe.model.quantized import Quantized, QuantizedLinear
 
 
 class Unsupported(Exception):
@@ -42,15 +49,54 @@ def plain(tensor: Tensor, name: str) -> Tensor:
     return tensor.detach()
 
 
-def float_linear(weight_OI: Tensor, bias_O: Tensor | None) -> tuple[Linear, list[Tensor]]:
-    """A float32 matrix, read where it is; and the tensors that have to live as long."""
-    outputs, inputs = weight_OI.shape
-    made = Linear(layout.FLOAT, outputs, inputs, 0, weight_OI.data_ptr(), None, None, _pointer(bias_O))
-    return made, [each for each in (weight_OI, bias_O) if each is not None]
+def linear(name: str, module: nn.Module, precision: str, threads: int) -> tuple[Linear, list[Tensor]]:
+    """A linear layer as the native step reads it, and the tensors that have to live as long.
+
+    Args:
+        precision: what a float layer is stored as: `float32`, `int8` or `int4`.
+
+    Raises:
+        Unsupported: a layer of another kind.
+    """
+    if type(module) not in (nn.Linear, QuantizedLinear):
+        raise Unsupported(f"{name} is a {type(module).__name__}: the native step reads plain and quantised layers")
+    assert isinstance(module, nn.Linear | QuantizedLinear)
+    bias_O = None if module.bias is None else plain(module.bias, f"{name}'s bias")
+    if isinstance(module, QuantizedLinear):
+        return quantized(module, bias_O)
+    return matrix(plain(module.weight, name), bias_O, precision, threads)
 
 
-def byte_linear(weight_OI: Tensor, bias_O: Tensor | None, threads: int) -> tuple[Linear, list[Tensor]]:
-    """A float32 matrix as int8, each output with its own scale; and the tensors that have to live as long."""
+def matrix(weight_OI: Tensor, bias_O: Tensor | None, precision: str, threads: int) -> tuple[Linear, list[Tensor]]:
+    """A float matrix at a precision."""
+    if precision == "float32":
+        made = Linear(layout.FLOAT, *weight_OI.shape, weight_OI.shape[1], 0)
+        return _filled(made, weight_OI, None, None, bias_O)
+    if precision == "int8":
+        return _bytes_of(weight_OI, bias_O, threads)
+    return _nibbles_of(weight_OI, bias_O)
+
+
+def quantized(layer: Quantized, bias_O: Tensor | None) -> tuple[Linear, list[Tensor]]:
+    """The codes of a quantised matrix in panels."""
+    codes_OI, step = layer.codes_OI(), 4 if layer.bits == 8 else _NIBBLES
+    group = layer.group_size or layer.in_features + -layer.in_features % step
+    if group % step:  # of narrow layers alone, whose numbers cost little
+        return matrix(layer.dequantized().float(), bias_O, "float32", 1)
+    exact = layer.activations == "none"
+    half = 2 ** (layer.bits - 1)
+    scales_OG = layer.scales_OG.float()
+    zeros_OG = torch.zeros_like(scales_OG) if layer.zeros_OG is None else layer.zeros_OG.float()
+    made = Linear(layout.BYTE if layer.bits == 8 else layout.NIBBLE, *codes_OI.shape, group, int(exact))
+    return _filled(made, _panels(codes_OI, layer.bits), _across(scales_OG), _across(zeros_OG + half), bias_O)
+
+
+_NIBBLES = 8  # inputs that a panel of 4 bits holds side by side
+_GROUP = 32  # inputs that share a scale where a float matrix is made int4
+
+
+def _bytes_of(weight_OI: Tensor, bias_O: Tensor | None, threads: int) -> tuple[Linear, list[Tensor]]:
+    """A float matrix as int8, each output by its own largest magnitude."""
     outputs, inputs = weight_OI.shape
     panels = -(-outputs // PANEL)
     codes = empty_bytes(panels * -(-inputs // 4) * PANEL * 4)
@@ -58,29 +104,44 @@ def byte_linear(weight_OI: Tensor, bias_O: Tensor | None, threads: int) -> tuple
     native.library().lathe_pack_bytes(
         weight_OI.data_ptr(), weight_OI.stride(0), outputs, inputs, codes.data_ptr(), scales.data_ptr(), threads
     )
-    made = Linear(layout.BYTE, outputs, inputs, 0, codes.data_ptr(), scales.data_ptr(), None, _pointer(bias_O))
-    return made, [each for each in (codes, scales, bias_O) if each is not None]
+    return _filled(Linear(layout.BYTE, outputs, inputs, inputs, 0), codes, scales, None, bias_O)
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _nibbles_of(weight_OI: Tensor, bias_O: Tensor | None) -> tuple[Linear, list[Tensor]]:
+    """A float matrix as int4: in each group the number of largest magnitude becomes -8."""
+    outputs, inputs = weight_OI.shape
+    wide_OGI = F.pad(weight_OI, (0, -inputs % _GROUP)).view(outputs, -1, _GROUP)
+    peaks_OG1 = wide_OGI.gather(2, wide_OGI.abs().argmax(2, keepdim=True))
+    scales_OG1 = peaks_OG1 / -8
+    steps_OGI = wide_OGI / torch.where(scales_OG1 == 0, torch.ones_like(scales_OG1), scales_OG1)
+    codes_OI = steps_OGI.round_().clamp_(-8, 7).to(torch.int8).flatten(1)[:, :inputs]
+    scales_OG = scales_OG1[..., 0].contiguous()
+    made = Linear(layout.NIBBLE, outputs, inputs, _GROUP, 0)
+    return _filled(made, _panels(codes_OI, 4), _across(scales_OG), None, bias_O)
 
 
-def linear(name: str, module: nn.Module, precision: str, threads: int) -> tuple[Linear, list[Tensor]]:
-    """A linear layer as the native step reads it.
+def _panels(codes_OI: Tensor, bits: int) -> Tensor:
+    """Codes, O × I, as panels of bytes."""
+    outputs, inputs = codes_OI.shape
+    step = 4 if bits == 8 else _NIBBLES
+    raised_OI = (codes_OI.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
+    raised_OI = F.pad(raised_OI, (0, -inputs % step, 0, -outputs % PANEL))
+    each_POK = raised_OI.view(-1, PANEL, raised_OI.shape[1] // step, step).transpose(1, 2)
+    if bits == 4:
+        each_POK = each_POK[..., :4] | (each_POK[..., 4:] << 4)
+    made = empty_bytes(each_POK.numel())
+    made.view(each_POK.shape).copy_(each_POK)
+    return made
 
-    Raises:
-        Unsupported: a layer of another kind.
-    """
-    if type(module) is not nn.Linear:
-        raise Unsupported(f"{name} is a {type(module).__name__}: the native step reads plain linear layers")
-    weight_OI = plain(module.weight, name)
-    bias_O = None if module.bias is None else plain(module.bias, f"{name}'s bias")
-    return matrix(weight_OI, bias_O, precision, threads)
+
+def _across(numbers_OG: Tensor) -> Tensor:
+    """Scales or zeros, O × G, as G × O with outputs to whole panels."""
+    return F.pad(numbers_OG.t(), (0, -len(numbers_OG) % PANEL)).contiguous()
 
 
-def matrix(weight_OI: Tensor, bias_O: Tensor | None, precision: str, threads: int) -> tuple[Linear, list[Tensor]]:
-    """A matrix at a precision: `float32` or `int8`."""
-    if precision == "float32":
-        return float_linear(weight_OI, bias_O)
-    return byte_linear(weight_OI, bias_O, threads)
+def _filled(
+    made: Linear, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, bias: Tensor | None
+) -> tuple[Linear, list[Tensor]]:
+    for name, tensor in (("weight", weight), ("scales", scales), ("zeros", zeros), ("bias", bias)):
+        setattr(made, name, None if tensor is None else tensor.data_ptr())
+    return made, [each for each in (weight, scales, zeros, bias) if each is not None]

@@ -30,6 +30,7 @@ from lathe.model.embedding import TokenTable
 from lathe.model.heads import LanguageHead, TiedOutput
 from lathe.model.norm import RMSNorm
 from lathe.model.positions import rotation, sinusoid
+from lathe.model.quantized import Quantized, QuantizedEmbedding
 from lathe.model.stack import TransformerStack
 from lathe.model.transformer import Transformer
 
@@ -53,13 +54,13 @@ class Programs:
         try:
             library()
             _check_modules(model)
-            both = [
+            encoder, decoder = (
                 None if stack is None else Program(model, stack, precision, instructions, threads)
                 for stack in (model.encoder, model.decoder)
-            ]
+            )
         except (Unsupported, NoLibrary) as error:
             return cls(reason=str(error))
-        return cls(*both)
+        return cls(encoder, decoder)
 
 
 class Program:
@@ -68,7 +69,7 @@ class Program:
     Args:
         model: whose stack it is.
         stack: the encoder or the decoder of it.
-        precision: what plain linear layers are stored as: `float32` or `int8`.
+        precision: what plain linear layers are stored as: `float32`, `int8` or `int4`.
         instructions: the instruction set; None for the best of the machine.
         threads: that pack the weights.
 
@@ -194,9 +195,8 @@ class _Draft:
     def _enter(self, model: Transformer, stack: TransformerStack) -> None:
         embedding, own = model.embedding, stack.input
         width = model.architecture.width
-        if not isinstance(embedding.tokens, TokenTable):
-            raise Unsupported("the token table is in codes: the native step reads float32")
-        table = self.keep(pack.plain(embedding.tokens.weight, "the token table"))
+        self.embed = Embed(width=width, scale=embedding.scale)
+        self._table(embedding.tokens)
         types = positions = None
         if own.token_types is not None:
             types = self.keep(pack.plain(own.token_types.weight, "the table of token types"))
@@ -205,13 +205,8 @@ class _Draft:
         elif own.spec.kind == "sinusoidal":
             assert own.spec.max_positions is not None
             positions = self.keep(sinusoid(torch.arange(own.spec.max_positions)[None], width)[0].contiguous())
-        self.embed = Embed(
-            table.data_ptr(),
-            None if types is None else types.data_ptr(),
-            None if positions is None else positions.data_ptr(),
-            width,
-            embedding.scale,
-        )
+        self.embed.types = None if types is None else types.data_ptr()
+        self.embed.positions = None if positions is None else positions.data_ptr()
         start = self.stream if embedding.projection is None else self.buffer(width)
         self.op(layout.EMBED, 0, start)
         norm = -1 if own.norm is None else self.norm("the input norm", own.norm)
@@ -220,6 +215,20 @@ class _Draft:
             self.op(layout.MULTIPLY, start, self.stream, norm=norm, parts=[lift])
         elif norm >= 0:
             self.op(layout.NORMALISE, start, self.stream, norm=norm)
+
+    def _table(self, tokens: nn.Module) -> None:
+        """The token table, numbers or codes; rows of it are read where they are."""
+        if isinstance(tokens, QuantizedEmbedding):
+            scales = self.keep(pack.plain(tokens.scales_OG, "the token table's scales").contiguous())
+            codes = self.keep(tokens.codes.contiguous())
+            self.embed.codes, self.embed.codes_row = codes.data_ptr(), codes.stride(0) * codes.element_size()
+            self.embed.scales, self.embed.groups, self.embed.bits = scales.data_ptr(), scales.shape[1], tokens.bits
+            if tokens.zeros_OG is not None:
+                self.embed.zeros = self.keep(tokens.zeros_OG.contiguous()).data_ptr()
+            return
+        if not isinstance(tokens, TokenTable):
+            raise Unsupported(f"the token table is a {type(tokens).__name__}: expected a plain or a quantised one")
+        self.embed.table = self.keep(pack.plain(tokens.weight, "the token table")).data_ptr()
 
     def _layer(self, number: int, layer: Layer, activation: int) -> None:
         own, f = layer.attention, layer.feed_forward
@@ -272,17 +281,24 @@ class _Draft:
         self.vocabulary = model.architecture.embedding.vocab_size
         output = self._output(model, head)
         self.op(layout.MULTIPLY, at, layout.LOGITS, rows=layout.KEPT, norm=norm, parts=[output], scale=scale)
+        self.op(layout.CHOOSE, 0, 0, rows=layout.KEPT)
 
     def _output(self, model: Transformer, head: LanguageHead) -> int:
         """The output table, its bias and the stored offset as one matrix with one bias."""
-        if not isinstance(head.output, TiedOutput) and head.offset is None:
-            return self.linear("the output table", head.output)
-        table = model.embedding.tokens.weight if isinstance(head.output, TiedOutput) else head.output.weight
+        tied = isinstance(head.output, TiedOutput)
         given = [each for each in (head.output.bias, head.offset) if each is not None]
         bias = None
         if given:
             bias = torch.stack([pack.plain(each, "the head's bias") for each in given]).sum(0)
-        return self._add(*pack.matrix(pack.plain(table, "the output table"), bias, self.precision, self.threads))
+        module = model.embedding.tokens if tied else head.output
+        if isinstance(module, Quantized):
+            return self._add(*pack.quantized(module, bias))
+        if not tied and type(module) is not nn.Linear:
+            raise Unsupported(f"the output table is a {type(module).__name__}: expected a linear layer")
+        assert isinstance(module.weight, Tensor)
+        return self._add(
+            *pack.matrix(pack.plain(module.weight, "the output table"), bias, self.precision, self.threads)
+        )
 
     def _memory(self, layers: Sequence[Layer], d_model: int) -> None:
         """The encoder's output to each layer's keys and values."""

@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lathe.engine import Engine
 from lathe.engine.choose import Reader
 from lathe.errors import LatheError, RequestError
 from lathe.generate.memory import check_room, decoding_bytes
@@ -63,6 +64,20 @@ class Rows:
     def step(self, tokens_B: Tensor) -> Tensor:
         """Read one more token a row; the logits of the one after, B × V, float32."""
         return self._read(tokens_B[:, None], None)
+
+    def likeliest(self, tokens_B: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Read a token more a row, or for None the prompt; each row's likeliest next token and its log-probability."""
+        if isinstance(self.model, Engine):
+            whole = (self.prompt.ids_BT, self.prompt.mask_BT)
+            ids_BT, mask_BT = whole if tokens_B is None else (tokens_B[:, None], None)
+            found = self.model.choose(ids_BT, mask_BT, self.cache, self.memory)
+            if found is not None:
+                if bool((found[0] < 0).any()):
+                    explain_no_numbers(self.model)
+                return found
+        logits_BV = self.prefill() if tokens_B is None else self.step(tokens_B)
+        chosen_B = logits_BV.argmax(dim=-1)
+        return chosen_B, logits_BV.log_softmax(dim=-1).gather(1, chosen_B[:, None])[:, 0]
 
     def spread(self, copies: int) -> None:
         """Make each row `copies` rows side by side, which share the encoder's output."""

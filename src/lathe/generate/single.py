@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lathe.errors import RequestError
 from lathe.generate.draw import draw, numbers
-from lathe.generate.filters import pipeline
+from lathe.generate.filters import Filter, pipeline
 from lathe.generate.history import History
 from lathe.generate.prompt import Prompt
 from lathe.generate.rows import Rows
@@ -73,25 +73,24 @@ def tokens(task: Task) -> Iterator[Step]:
     n_prompts, copies = len(rows.prompt.ids_BT), settings.num_return_sequences
     device = rows.model.device
     u_BN = numbers(settings, n_prompts, task.max_new, device, copies=copies) if settings.do_sample else None
-    logits_BV = rows.prefill().repeat_interleave(copies, dim=0)
-    rows.spread(copies)
     at, filters = task.history(copies), pipeline(settings)
     ends = torch.tensor(settings.eos_token_id, dtype=torch.long, device=device)
-    ended_B = torch.zeros(len(logits_BV), dtype=torch.bool, device=device)
+    ended_B = torch.zeros(n_prompts * copies, dtype=torch.bool, device=device)
+    # Where nothing stands between the logits and the choice, what reads the tokens chooses as well.
+    plain = u_BN is None and not filters and task.watch is None
+    chosen_B: Tensor | None = None  # before the first step there is the prompt to read
     for step in range(task.max_new):
-        left_BV, stages = logits_BV, []
-        for change in filters:
-            left_BV = change(left_BV, at)
-            if task.watch is not None:
-                stages.append((change.name, left_BV))
-        if filters:
-            refuse_nothing_left(left_BV.amax(dim=-1).masked_fill(ended_B, 0), step)
-        chosen_B = left_BV.argmax(dim=-1) if u_BN is None else draw(left_BV, u_BN[:, step])
-        if task.watch is not None:
-            u_B = None if u_BN is None else u_BN[:, step]
-            task.watch(Choice(step, logits_BV, stages, u_B, chosen_B, ended_B))
-        log_probs_B = logits_BV.log_softmax(dim=-1).gather(1, chosen_B[:, None])[:, 0].masked_fill(ended_B, 0)
+        if plain:
+            chosen_B, log_probs_B = (_copied(each, chosen_B, copies) for each in rows.likeliest(chosen_B))
+        else:
+            read_BV = rows.prefill() if chosen_B is None else rows.step(chosen_B)
+            logits_BV = _copied(read_BV, chosen_B, copies)
+            chosen_B = _choose(task, filters, at, step, logits_BV, None if u_BN is None else u_BN[:, step], ended_B)
+            log_probs_B = logits_BV.log_softmax(dim=-1).gather(1, chosen_B[:, None])[:, 0]
+        if step == 0:
+            rows.spread(copies)
         chosen_B = chosen_B.masked_fill(ended_B, settings.filler)
+        log_probs_B = log_probs_B.masked_fill(ended_B, 0)
         at.append(chosen_B)
         ended_B = ended_B | torch.isin(chosen_B, ends)
         if task.stops is not None:
@@ -99,7 +98,34 @@ def tokens(task: Task) -> Iterator[Step]:
         yield Step(chosen_B, log_probs_B, ended_B)
         if step == task.max_new - 1 or bool(ended_B.all()):
             return
-        logits_BV = rows.step(chosen_B)
+
+
+def _copied(found: Tensor, before_B: Tensor | None, copies: int) -> Tensor:
+    """What was found of each prompt, for each of its rows; later there is a row for each already."""
+    return found.repeat_interleave(copies, dim=0) if before_B is None and copies > 1 else found
+
+
+def _choose(
+    task: Task,
+    filters: list[Filter],
+    at: History,
+    step: int,
+    logits_BV: Tensor,
+    u_B: Tensor | None,
+    ended_B: Tensor,
+) -> Tensor:
+    """A token of each row from what the filters leave, the likeliest or drawn with `u_B`."""
+    left_BV, stages = logits_BV, []
+    for change in filters:
+        left_BV = change(left_BV, at)
+        if task.watch is not None:
+            stages.append((change.name, left_BV))
+    if filters:
+        refuse_nothing_left(left_BV.amax(dim=-1).masked_fill(ended_B, 0), step)
+    chosen_B = left_BV.argmax(dim=-1) if u_B is None else draw(left_BV, u_B)
+    if task.watch is not None:
+        task.watch(Choice(step, logits_BV, stages, u_B, chosen_B, ended_B))
+    return chosen_B
 
 
 def refuse_nothing_left(best_B: Tensor, step: int | Tensor, names: Sequence[int] | None = None) -> None:

@@ -13,8 +13,8 @@ constexpr int kPanel = 32;
 // How the weights of a matrix are stored. Numbers are shared with Python (`engine/layout.py`).
 enum Storage : int32_t {
     kFloat = 0,  // N × K float32, row after row, as PyTorch has it; read where it is
-    kByte = 1,   // panels of 32 outputs: K/4 × 32 × 4 bytes of weight + 128, and a scale for each output
-    kNibble = 2, // panels of 32 outputs: K/8 × 32 × 4 bytes of two codes, and a scale and a zero for each group
+    kByte = 1,   // panels of 32 outputs: K/4 × 32 × 4 bytes, code + 128
+    kNibble = 2, // panels of 32 outputs: K/8 × 32 × 4 bytes of two codes, code + 8
 };
 
 enum Activation : int32_t { kNone = -1, kRelu = 0, kGelu = 1, kGeluTanh = 2, kQuickGelu = 3, kSilu = 4, kTanh = 5 };
@@ -24,10 +24,11 @@ struct Linear {
     int32_t storage;
     int32_t outputs;
     int32_t inputs;
-    int32_t group;        // kNibble: inputs that share a scale; a multiple of 8
+    int32_t group;        // inputs that share a scale; as many as there are, or for nibbles a multiple of 8
+    int32_t exact;        // of codes: 1 where x is taken as it is, 0 where it is rounded to int8
     const void* weight;
-    const float* scales;  // kByte: outputs. kNibble: groups × outputs, padded to whole panels
-    const float* zeros;   // kNibble: groups × outputs, in codes
+    const float* scales;  // of codes: groups × outputs, padded to whole panels
+    const float* zeros;   // the same: what is taken from the stored codes; null where x is rounded: 128, of nibbles 8
     const float* bias;    // outputs, or null
 };
 
@@ -39,7 +40,7 @@ struct Norm {
     const float* bias;  // or null
 };
 
-// Rows of numbers rounded to whole ones in -127 … 127, each row with its own scale.
+// Rows of numbers rounded to whole ones in -128 … 127, each row with its own scale.
 struct Rounded {
     int8_t* values;     // rows × stride
     long stride;        // a multiple of 8; zeros fill up
@@ -61,6 +62,10 @@ struct Attend {
     int keys;            // how many there are
     int causal;          // token t sees keys up to first + t
     int window;          // and of these the last so many; 0 for all
+    const float* first_k;  // keys and values that stand before all these, `n_first` of them; null for none
+    const float* first_v;
+    long first_key;
+    int n_first;           // `first` and `keys` count them
     const float* bias;   // head h, key s, place p: bias[h * bias_head + s - p]; null for none
     long bias_head;
     float scale;
@@ -90,6 +95,9 @@ struct Kernels {
     void (*multiply_byte)(float* tile, const Rounded& x, int row, int rows, const Linear& w, int panel);
     void (*multiply_nibble)(float* tile, const Rounded& x, int row, int rows, const Linear& w, int panel);
 
+    // The 32 columns of a packed panel as numbers, inputs × 32, for `multiply_packed`.
+    void (*unpack)(float* panel, const Linear& w, int index);
+
     // to = activation(scale · tile + bias), or to += without an activation; with `gate` to = activation(gate) · tile.
     void (*finish)(float* to, long stride, const float* tile, const float* gate, int rows, int columns,
                    const float* bias, const float* gate_bias, float scale, int activation, int add);
@@ -98,6 +106,9 @@ struct Kernels {
     void (*round_row)(const Rounded& to, int row, const float* x, int width, int group);
     void (*rotate)(float* x, int heads, int d_head, const float* cos, const float* sin);
     void (*attend)(const Attend& what);
+    // The place of the largest of `count` numbers, the first if several are; and the logarithm of its softmax. -1 where
+    // one is no number.
+    void (*choose)(const float* x, int count, int64_t* place, float* log_probability);
     void (*scale_add)(float* to, const float* x, float scale, int width, int add);
 
     // For packing: one panel of weights, rounded by their largest magnitude; scales: kPanel of them.

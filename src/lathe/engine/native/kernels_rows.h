@@ -124,10 +124,36 @@ void scale_add(float* to, const float* x, float scale, int width, int add) {
     for (int i = 0; i < width; ++i) to[i] = add ? to[i] + scale * x[i] : scale * x[i];
 }
 
+void choose(const float* x, int count, int64_t* place, float* log_probability) {
+    vf best = all(-3.4e38f), broken{};
+    int i = 0;
+    for (; i + L <= count; i += L) {
+        const vf v = load(x + i);
+        best = larger(best, v);
+        broken += v - v;  // 0, but NaN of what is no number or has no end
+    }
+    float most = largest(best), wrong = sum(broken);
+    for (; i < count; ++i) {
+        most = x[i] > most ? x[i] : most;
+        wrong += x[i] - x[i];
+    }
+    if (!(wrong == 0.0f)) {
+        *place = -1;
+        return;
+    }
+    vf total{};
+    for (i = 0; i + L <= count; i += L) total += exponential(load(x + i) - all(most));
+    float whole = sum(total);
+    for (; i < count; ++i) whole += exponential(all(x[i] - most))[0];
+    for (i = 0; x[i] != most; ++i) {}
+    *place = i;
+    *log_probability = -__builtin_logf(whole);
+}
+
 // Σ_s p[m][s] · v[s] for M queries and N vectors of channels.
 template <int M, int N>
 INLINE void gather(float* out, long out_stride, const float* p, long p_stride, const float* v, long key, int keys,
-                   int tail) {
+                   int tail, bool add) {
     vf sums[M][N];
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
@@ -151,19 +177,19 @@ INLINE void gather(float* out, long out_stride, const float* p, long p_stride, c
         for (int n = 0; n < N; ++n) {
             float* to = out + m * out_stride + n * L;
             if (tail && n == N - 1)
-                store_some(to, sums[m][n], tail);
+                store_some(to, add ? sums[m][n] + load_some(to, tail) : sums[m][n], tail);
             else
-                store(to, sums[m][n]);
+                store(to, add ? sums[m][n] + load(to) : sums[m][n]);
         }
 }
 
 template <int M>
 INLINE void gather_rows(float* out, long out_stride, const float* p, long p_stride, const float* v, long key, int keys,
-                        int d_head) {
+                        int d_head, bool add) {
     int i = 0;
-    for (; i + 4 * L <= d_head; i += 4 * L) gather<M, 4>(out + i, out_stride, p, p_stride, v + i, key, keys, 0);
-    for (; i + L <= d_head; i += L) gather<M, 1>(out + i, out_stride, p, p_stride, v + i, key, keys, 0);
-    if (i < d_head) gather<M, 1>(out + i, out_stride, p, p_stride, v + i, key, keys, d_head - i);
+    for (; i + 4 * L <= d_head; i += 4 * L) gather<M, 4>(out + i, out_stride, p, p_stride, v + i, key, keys, 0, add);
+    for (; i + L <= d_head; i += L) gather<M, 1>(out + i, out_stride, p, p_stride, v + i, key, keys, 0, add);
+    if (i < d_head) gather<M, 1>(out + i, out_stride, p, p_stride, v + i, key, keys, d_head - i, add);
 }
 
 // p becomes softmax(scale · p + bias) over `count` keys; what is left of the sum is divided out of the weights here.
@@ -210,14 +236,20 @@ INLINE void attend_block(const Attend& a, const float* q, long q_stride, float* 
     const int count = last - first;
     const long width = a.keys + 16;
     float* p = a.scratch;
-    dot_rows<M>(p, width, q, q_stride, a.k + first * a.key, a.key, count, a.d_head);
+    // Those before all others, and the row's own.
+    const int before = a.n_first > first ? a.n_first - first : 0, own = count - before;
+    const long from = first + before - a.n_first;
+    if (before > 0) dot_rows<M>(p, width, q, q_stride, a.first_k + first * a.first_key, a.first_key, before, a.d_head);
+    dot_rows<M>(p + before, width, q, q_stride, a.k + from * a.key, a.key, own, a.d_head);
     for (int m = 0; m < M; ++m) {
         float* row = p + m * width;
         for (int s = 0; s < low[m] - first; ++s) row[s] = 0;
         soften(row + (low[m] - first), high[m] - low[m], a.scale, bias[m] ? bias[m] + (low[m] - place[m]) : nullptr);
         for (int s = high[m] - first; s < count; ++s) row[s] = 0;
     }
-    gather_rows<M>(out, out_stride, p, width, a.v + first * a.key, a.key, count, a.d_head);
+    gather_rows<M>(out, out_stride, p + before, width, a.v + from * a.key, a.key, own, a.d_head, false);
+    if (before > 0)
+        gather_rows<M>(out, out_stride, p, width, a.first_v + first * a.first_key, a.first_key, before, a.d_head, true);
 }
 
 void attend_few(const Attend& a) {
@@ -284,10 +316,10 @@ void attend_many(const Attend& a) {
                 const float* from = p + m * width + start;
                 const float* v = a.v + start * a.key;
                 if (count - m >= kGathered) {
-                    gather_rows<kGathered>(to, a.out_token, from, width, v, a.key, last - start, a.d_head);
+                    gather_rows<kGathered>(to, a.out_token, from, width, v, a.key, last - start, a.d_head, false);
                     m += kGathered;
                 } else {
-                    gather_rows<1>(to, a.out_token, from, width, v, a.key, last - start, a.d_head);
+                    gather_rows<1>(to, a.out_token, from, width, v, a.key, last - start, a.d_head, false);
                     m += 1;
                 }
             }
@@ -295,7 +327,7 @@ void attend_many(const Attend& a) {
 }
 
 void attend(const Attend& a) {
-    if (a.tokens >= lathe::kManyTokens)
+    if (a.tokens >= lathe::kManyTokens && a.n_first == 0)
         attend_many(a);
     else
         attend_few(a);

@@ -56,7 +56,11 @@ INLINE vi add_products(vi total, vi codes, vi numbers) {
 INLINE vf as_float(vi x) { return __builtin_convertvector(x, vf); }
 
 // U sets of sums take turns, so that with few rows no sum waits for the one before.
-template <int M, int U>
+//
+// Memory answers late, so what is wanted next is asked for ahead: the panels lie one after the other. With few rows
+// that is some 2 KB from here, into the first-level cache. With more, this panel takes long enough to ask for all of
+// the next one, into the second (AHEAD, of the first rows alone).
+template <int M, int U, bool AHEAD>
 INLINE void byte_rows(float* tile, const Rounded& x, int row, const uint8_t* panel, const float* scales, int inputs) {
     vi sums[U][M][kPanelVectors];
 #pragma GCC unroll 16
@@ -67,10 +71,11 @@ INLINE void byte_rows(float* tile, const Rounded& x, int row, const uint8_t* pan
             for (int n = 0; n < kPanelVectors; ++n) sums[u][m][n] = vi{};
     const int8_t* values = x.values + row * x.stride;
     const int steps = (inputs + 3) / 4;
+    const long ahead = (long)steps * (kPanel * 4);
     auto step = [&](int k, int u) __attribute__((always_inline)) {
         const uint8_t* codes = panel + (long)k * (kPanel * 4);
-        // Memory answers late: ask for what is wanted some 2 KB from now. The panels lie one after the other.
         if (M <= 2) __builtin_prefetch(codes + 2048), __builtin_prefetch(codes + 2048 + 64);
+        if (M > 2 && AHEAD) __builtin_prefetch(codes + ahead, 0, 2), __builtin_prefetch(codes + ahead + 64, 0, 2);
         vi column[kPanelVectors];
 #pragma GCC unroll 16
         for (int n = 0; n < kPanelVectors; ++n) column[n] = load_whole(codes + n * L * 4);
@@ -100,6 +105,29 @@ INLINE void byte_rows(float* tile, const Rounded& x, int row, const uint8_t* pan
     }
 }
 
+template <bool AHEAD>
+INLINE void byte_block(float* tile, const Rounded& x, int row, int rows, const uint8_t* codes, const float* scales,
+                       int inputs) {
+    switch (rows) {
+        case 1: byte_rows<1, 4, AHEAD>(tile, x, row, codes, scales, inputs); break;
+        case 2: byte_rows<2, 2, AHEAD>(tile, x, row, codes, scales, inputs); break;
+#if defined(__AVX2__)
+        case 3: byte_rows<3, 1, AHEAD>(tile, x, row, codes, scales, inputs); break;
+#endif
+#if defined(__AVX512F__)
+        case 4: byte_rows<4, 2, AHEAD>(tile, x, row, codes, scales, inputs); break;
+        case 5: byte_rows<5, 1, AHEAD>(tile, x, row, codes, scales, inputs); break;
+        case 6: byte_rows<6, 1, AHEAD>(tile, x, row, codes, scales, inputs); break;
+        case 7: byte_rows<7, 1, AHEAD>(tile, x, row, codes, scales, inputs); break;
+        case 8: byte_rows<8, 1, AHEAD>(tile, x, row, codes, scales, inputs); break;
+        case 9: byte_rows<9, 1, AHEAD>(tile, x, row, codes, scales, inputs); break;
+        case 10: byte_rows<10, 1, AHEAD>(tile, x, row, codes, scales, inputs); break;
+        case 11: byte_rows<11, 1, AHEAD>(tile, x, row, codes, scales, inputs); break;
+        case 12: byte_rows<12, 1, AHEAD>(tile, x, row, codes, scales, inputs); break;
+#endif
+    }
+}
+
 void multiply_byte(float* tile, const Rounded& x, int row, int rows, const Linear& w, int panel) {
     const long steps = (w.inputs + 3) / 4;
     const uint8_t* codes = (const uint8_t*)w.weight + panel * steps * (kPanel * 4);
@@ -107,25 +135,10 @@ void multiply_byte(float* tile, const Rounded& x, int row, int rows, const Linea
     const int blocks = (rows + kPackedRows - 1) / kPackedRows;
     for (int block = 0, m = 0; block < blocks; ++block) {
         const int count = (rows - m + blocks - block - 1) / (blocks - block);
-        float* to = tile + m * kPanel;
-        switch (count) {
-            case 1: byte_rows<1, 4>(to, x, row + m, codes, scales, w.inputs); break;
-            case 2: byte_rows<2, 2>(to, x, row + m, codes, scales, w.inputs); break;
-#if defined(__AVX2__)
-            case 3: byte_rows<3, 1>(to, x, row + m, codes, scales, w.inputs); break;
-#endif
-#if defined(__AVX512F__)
-            case 4: byte_rows<4, 2>(to, x, row + m, codes, scales, w.inputs); break;
-            case 5: byte_rows<5, 1>(to, x, row + m, codes, scales, w.inputs); break;
-            case 6: byte_rows<6, 1>(to, x, row + m, codes, scales, w.inputs); break;
-            case 7: byte_rows<7, 1>(to, x, row + m, codes, scales, w.inputs); break;
-            case 8: byte_rows<8, 1>(to, x, row + m, codes, scales, w.inputs); break;
-            case 9: byte_rows<9, 1>(to, x, row + m, codes, scales, w.inputs); break;
-            case 10: byte_rows<10, 1>(to, x, row + m, codes, scales, w.inputs); break;
-            case 11: byte_rows<11, 1>(to, x, row + m, codes, scales, w.inputs); break;
-            case 12: byte_rows<12, 1>(to, x, row + m, codes, scales, w.inputs); break;
-#endif
-        }
+        if (m == 0)
+            byte_block<true>(tile, x, row, count, codes, scales, w.inputs);
+        else
+            byte_block<false>(tile + m * kPanel, x, row + m, count, codes, scales, w.inputs);
         m += count;
     }
 }
@@ -173,7 +186,7 @@ INLINE void nibble_rows(float* tile, const Rounded& x, int row, const uint8_t* p
 #pragma GCC unroll 16
             for (int n = 0; n < kPanelVectors; ++n)
                 totals[m][n] += load(scales + g * padded + n * L) *
-                                (as_float(sums[m][n]) - load(zeros + g * padded + n * L) * of_x);
+                                (as_float(sums[m][n]) - (zeros ? load(zeros + g * padded + n * L) : all(8.0f)) * of_x);
         }
     }
 #pragma GCC unroll 16
@@ -187,7 +200,7 @@ void multiply_nibble(float* tile, const Rounded& x, int row, int rows, const Lin
     const long steps = (w.inputs + 7) / 8, padded = (w.outputs + kPanel - 1) / kPanel * kPanel;
     const uint8_t* codes = (const uint8_t*)w.weight + panel * steps * (kPanel * 4);
     const float* scales = w.scales + (long)panel * kPanel;
-    const float* zeros = w.zeros + (long)panel * kPanel;
+    const float* zeros = w.zeros ? w.zeros + (long)panel * kPanel : nullptr;
     // Sums and totals share the registers, so a block is half as many rows as elsewhere.
     constexpr int most = kPackedRows / 2 > 0 ? kPackedRows / 2 : 1;
     for (int m = 0; m < rows;) {
@@ -207,16 +220,17 @@ void multiply_nibble(float* tile, const Rounded& x, int row, int rows, const Lin
     }
 }
 
-// A row to whole numbers in -127 … 127 by its largest magnitude, and the sums of its groups (0: the row is one).
+// A row to whole numbers in -128 … 127 by its largest magnitude, which is 127.5 of them, as `QuantizedLinear` rounds;
+// and the sums of its groups.
 void round_row(const Rounded& to, int row, const float* x, int width, int group) {
     const float peak = largest_magnitude(x, width);  // NaN where there is one, and then so is the scale
-    const float inverse = peak > 0 ? 127.0f / peak : 0.0f;
-    to.scales[row] = peak / 127.0f;
+    const float scale = peak == 0 ? 1.1920929e-7f : peak / 127.5f;  // of a row of zeros any
+    to.scales[row] = scale;
     int8_t* out = to.values + row * to.stride;
-    const vf rounder = all(12582912.0f), by = all(inverse);  // as in `exponential`: the nearest, ties to even
+    const vf rounder = all(12582912.0f), by = all(scale);  // as in `exponential`: the nearest, ties to even
     int i = 0;
     for (; i + L <= width; i += L) {
-        const vi whole = (vi)(load(x + i) * by + rounder) - (vi)rounder;
+        const vi whole = (vi)(smaller(all(127.0f), load(x + i) / by) + rounder) - (vi)rounder;
 #if defined(__AVX512F__)
         _mm_storeu_si128((__m128i*)(out + i), _mm512_cvtepi32_epi8((__m512i)whole));
 #else
@@ -224,17 +238,43 @@ void round_row(const Rounded& to, int row, const float* x, int width, int group)
 #endif
     }
     for (; i < width; ++i) {
-        const vi whole = (vi)(all(x[i]) * by + rounder) - (vi)rounder;
+        const vi whole = (vi)(smaller(all(127.0f), all(x[i]) / by) + rounder) - (vi)rounder;
         out[i] = (int8_t)whole[0];
     }
     for (; i < to.stride; ++i) out[i] = 0;
-    const int each = group > 0 ? group : width, groups = (width + each - 1) / each;
+    const int each = group, groups = (width + each - 1) / each;
     for (int g = 0; g < groups; ++g) {
         const int end = (g + 1) * each < width ? (g + 1) * each : width;
         int32_t total = 0;
         for (int k = g * each; k < end; ++k) total += out[k];
         to.sums[(long)row * groups + g] = total;
     }
+}
+
+void unpack(float* panel, const Linear& w, int index) {
+    const int group = w.group, per = w.storage == lathe::kNibble ? 8 : 4;
+    const long padded = (w.outputs + kPanel - 1) / kPanel * kPanel;
+    const uint8_t* codes = (const uint8_t*)w.weight + (long)index * ((w.inputs + per - 1) / per) * (kPanel * 4);
+    for (int k = 0; k < w.inputs; k += per, codes += kPanel * 4)
+#pragma GCC unroll 16
+        for (int n = 0; n < kPanelVectors; ++n) {
+            const vi four = load_whole(codes + n * L * 4);
+            const long at = (k / group) * padded + (long)index * kPanel + n * L;
+            const vf scale = load(w.scales + at), zero = load(w.zeros + at);
+            const auto put = [&](int input, vi code) __attribute__((always_inline)) {
+                if (input < w.inputs) store(panel + (long)input * kPanel + n * L, (as_float(code) - zero) * scale);
+            };
+#pragma GCC unroll 4
+            for (int byte = 0; byte < 4; ++byte) {
+                const vi code = (four >> (8 * byte)) & 255;
+                if (per == 4) {
+                    put(k + byte, code);
+                } else {
+                    put(k + byte, code & 15);
+                    put(k + 4 + byte, code >> 4);
+                }
+            }
+        }
 }
 
 void pack_byte(uint8_t* panel, float* scales, const float* w, long stride, int columns, int inputs) {

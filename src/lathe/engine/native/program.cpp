@@ -74,7 +74,8 @@ Program::Program(const Spec& spec, const Kernels* kernels)
     space_->counters = std::vector<Workspace::Counter>((size_t)total);
     for (const Linear& each : linears_) {
         widest_ = std::max(widest_, each.inputs);
-        if (each.storage == kNibble) most_sums_ = std::max(most_sums_, (each.inputs + each.group - 1) / each.group);
+        unpacks_ = unpacks_ || each.exact != 0;
+        if (each.storage != kFloat) most_sums_ = std::max(most_sums_, (each.inputs + each.group - 1) / each.group);
     }
     for (int width : widths_) widest_ = std::max(widest_, width);
 }
@@ -115,7 +116,7 @@ void Program::lay_out(const Call& call, bool reads_memory) {
     int longest = 0;  // keys of any row
     bool many = false;
     for (int b = 0; b < call.batch; ++b) {
-        Row row{(int)ids_.size(), 0, call.lengths ? (int)call.lengths[b] : 0};
+        Row row{(int)ids_.size(), 0, call.lengths ? call.n_first + (int)call.lengths[b] : 0};
         for (int t = 0; t < call.columns; ++t) {
             const long at = (long)b * call.columns + t;
             if (call.mask && call.mask[at] == 0) continue;
@@ -157,7 +158,7 @@ void Program::lay_out(const Call& call, bool reads_memory) {
         own->row.at_least<float>((size_t)widest_ + 16);
         own->codes.at_least<int8_t>((size_t)widest_ + 64);
         own->sums.at_least<int32_t>((size_t)most_sums_);
-        if (rows >= kPackFrom) own->panel.at_least<float>((size_t)widest_ * kPanel);
+        if (rows >= kPackFrom || unpacks_) own->panel.at_least<float>((size_t)widest_ * kPanel);
     }
     for (auto& counter : space.counters) counter.next.store(0, std::memory_order_relaxed);
 }
@@ -182,7 +183,8 @@ void Program::work(int thread) {
     }
     section(0, n_body_);
     if (call_->hidden) section(n_body_, n_hidden_);
-    if (call_->logits) section(n_body_ + n_hidden_, n_logits_);
+    // The last of these chooses.
+    if (call_->logits) section(n_body_ + n_hidden_, call_->chosen ? n_logits_ : n_logits_ - 1);
 }
 
 void Program::run_op(const Op& op, int number, int thread) {
@@ -196,6 +198,7 @@ void Program::run_op(const Op& op, int number, int thread) {
         case kHidden: hidden(op, thread); break;
         case kMemory: memory(op, thread); break;
         case kRemember: remember(op, thread); break;
+        case kChoose: choose(thread); break;
     }
 }
 
@@ -205,11 +208,31 @@ void Program::embed(const Op& op, int thread) {
     for (int m = thread; m < tokens_; m += threads_) {
         float* row = to + m * step;
         const long width = embed_.width;
-        kernels_->scale_add(row, embed_.table + ids_[(size_t)m] * width, embed_.scale, embed_.width, 0);
+        if (embed_.table)
+            kernels_->scale_add(row, embed_.table + ids_[(size_t)m] * width, embed_.scale, embed_.width, 0);
+        else
+            decode_row(row, ids_[(size_t)m]);
         if (embed_.types) kernels_->scale_add(row, embed_.types + types_[(size_t)m] * width, 1.0f, embed_.width, 1);
         if (embed_.positions)
             kernels_->scale_add(row, embed_.positions + positions_[(size_t)m] * width, 1.0f, embed_.width, 1);
     }
+}
+
+// A row of the token table that its codes stand for.
+void Program::decode_row(float* row, int64_t token) const {
+    const uint8_t* codes = embed_.codes + token * embed_.codes_row;
+    const int each = embed_.width / embed_.groups;
+    for (int i = 0; i < embed_.width; ++i) {
+        const long group = token * embed_.groups + i / each;
+        const int code = embed_.bits == 8 ? (int8_t)codes[i] : ((codes[i / 2] >> (4 * (i % 2))) & 15) - 8;
+        const int zero = embed_.zeros ? embed_.zeros[group] : 0;
+        row[i] = embed_.scale * ((float)(code - zero) * embed_.scales[group]);
+    }
+}
+
+void Program::choose(int thread) {
+    for (int i = thread; i < (int)kept_.size(); i += threads_)
+        kernels_->choose(call_->logits + (long)i * vocabulary_, vocabulary_, call_->chosen + i, call_->log_probabilities + i);
 }
 
 void Program::normalise(const Op& op, int thread) {
@@ -225,11 +248,11 @@ void Program::multiply(const Op& op, int number, int thread) {
     const Linear& first = linears_[(size_t)op.parts[0]];
     const int inputs = first.inputs;
     int n_parts = 0, group = 0;
-    bool whole = false, real = false;
+    bool whole = false;
     while (n_parts < 3 && op.parts[n_parts] >= 0) {
         const Linear& part = linears_[(size_t)op.parts[n_parts++]];
-        (part.storage == kFloat ? real : whole) = true;
-        if (part.storage == kNibble) group = part.group;
+        if (part.storage == kFloat || part.exact) continue;
+        whole = true, group = part.group;
     }
 
     // What the products read: rows that are normed, and rounded where weights are. One row is prepared by every
@@ -272,7 +295,9 @@ void Program::multiply(const Op& op, int number, int thread) {
     const long to_step = stride(op.dst);
 
     const auto product = [&](float* out, const Linear& w, int panel, int columns, int row, int count) {
-        if (w.storage == kByte)
+        if (w.exact)
+            kernels_->multiply_packed(out, x + row * x_step, x_step, count, panel_space, inputs);
+        else if (w.storage == kByte)
             kernels_->multiply_byte(out, codes, row, count, w, panel);
         else if (w.storage == kNibble)
             kernels_->multiply_nibble(out, codes, row, count, w, panel);
@@ -292,14 +317,20 @@ void Program::multiply(const Op& op, int number, int thread) {
             const Linear& w = linears_[(size_t)op.parts[gated ? 1 : part]];
             const Linear* gate = gated ? &first : nullptr;
             const int columns = std::min(kPanel, w.outputs - panel * kPanel), at = panel * kPanel;
-            const bool turned = real && rows >= kPackFrom;
-            if (turned && gate == nullptr && w.storage == kFloat) kernels_->pack_float(panel_space, w, at, columns);
+            // A float panel that is turned, or that codes stand for; of gated parts each in its turn.
+            const auto turn = [&](const Linear& of) {
+                if (of.exact)
+                    kernels_->unpack(panel_space, of, panel);
+                else if (of.storage == kFloat && rows >= kPackFrom)
+                    kernels_->pack_float(panel_space, of, at, columns);
+            };
+            if (!gate) turn(w);
             for (int row = 0; row < rows; row += kTileRows) {
                 const int count = std::min(kTileRows, rows - row);
                 if (gate) {
-                    if (turned && gate->storage == kFloat) kernels_->pack_float(panel_space, *gate, at, columns);
+                    turn(*gate);
                     product(gate_tile, *gate, panel, columns, row, count);
-                    if (turned && w.storage == kFloat) kernels_->pack_float(panel_space, w, at, columns);
+                    turn(w);
                 }
                 product(tile, w, panel, columns, row, count);
                 kernels_->finish(to + row * to_step + column + at, to_step, tile, gate ? gate_tile : nullptr, count, columns,
@@ -338,12 +369,17 @@ void Program::self_attend(const Op& op, int number, int thread) {
                 float* to_k = call.cache_k[op.layer] + head;
                 float* to_v = call.cache_v[op.layer] + head;
                 for (int t = 0; t < row.count; ++t) {
-                    const long slot = (long)(row.place + t) * a.d_head;
+                    const long slot = (long)(row.place - call.n_first + t) * a.d_head;
                     std::memcpy(to_k + slot, k + t * step, (size_t)a.d_head * sizeof(float));
                     std::memcpy(to_v + slot, v + t * step, (size_t)a.d_head * sizeof(float));
                 }
                 what.key = a.d_head, what.k = to_k, what.v = to_v;
                 what.keys = row.place + row.count, what.first = row.place;
+                if (call.n_first > 0) {
+                    what.first_k = call.first_k[op.layer] + group * call.first_head;
+                    what.first_v = call.first_v[op.layer] + group * call.first_head;
+                    what.first_key = a.d_head, what.n_first = call.n_first;
+                }
             }
             what.q = q, what.q_token = step;
             what.out = buffer(op.dst) + row.first * stride(op.dst) + (long)group * shared * a.d_head;

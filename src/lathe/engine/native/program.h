@@ -26,6 +26,7 @@ enum Code : int32_t {
     kHidden,      // the caller's hidden states = src
     kMemory,      // dst = the encoder's output, pads left out
     kRemember,    // the memory's keys and values of a layer = src
+    kChoose,      // the caller's tokens = the likeliest of the logits
 };
 
 enum Mode : int32_t { kSideBySide = 0, kAdd = 1, kGated = 2 };
@@ -44,7 +45,12 @@ struct Op {
 };
 
 struct Embed {
-    const float* table;       // vocabulary × width
+    const float* table;       // vocabulary × width; null where it is in codes
+    const uint8_t* codes;     // of 8 bits: vocabulary × width signed bytes; of 4: two to a byte, code + 8
+    int64_t codes_row;        // bytes
+    const float* scales;      // vocabulary × groups
+    const int8_t* zeros;      // the same, or null
+    int32_t bits, groups;
     const float* types;       // token types × width, or null
     const float* positions;   // from position 0 on, or null
     int32_t width;
@@ -68,6 +74,10 @@ struct Call {
     float* const* cache_k;     // a pointer for each layer; batch × groups × slots × d_head
     float* const* cache_v;
     int64_t cache_row, cache_head;  // strides
+    float* const* first_k;     // what all rows begin with: 1 × groups × n_first × d_head for each layer
+    float* const* first_v;
+    int64_t first_head;
+    int32_t n_first;
     float* const* memory_k;    // memory rows × groups × source × d_head, in any order but the last
     float* const* memory_v;
     int64_t memory_row, memory_head, memory_token;  // strides
@@ -83,6 +93,8 @@ struct Call {
     int32_t keep;              // how many of the last columns get logits
     int32_t threads;
     float* logits;             // kept tokens × vocabulary; null: not wanted
+    int64_t* chosen;           // kept tokens: the likeliest token each; null: not wanted
+    float* log_probabilities;  // of these
     float* hidden;             // tokens × width; null: not wanted
 };
 
@@ -118,6 +130,7 @@ private:
     void run_op(const Op& op, int number, int thread);
 
     void embed(const Op& op, int thread);
+    void decode_row(float* row, int64_t token) const;
     void normalise(const Op& op, int thread);
     void multiply(const Op& op, int number, int thread);
     void self_attend(const Op& op, int number, int thread);
@@ -126,6 +139,7 @@ private:
     void hidden(const Op& op, int thread);
     void memory(const Op& op, int thread);
     void remember(const Op& op, int thread);
+    void choose(int thread);
 
     int rows_of(const Op& op) const;
     float* buffer(int number) const;
@@ -141,6 +155,7 @@ private:
     AttentionShape attention_;
     const Kernels* kernels_;
     int widest_ = 0, most_sums_ = 1;
+    bool unpacks_ = false;
 
     // Of the call that runs.
     const Call* call_ = nullptr;
