@@ -101,7 +101,9 @@ class Worker:
 
     def _hold(self) -> None:
         """Stop the process, and wait until it stands still."""
-        self._send(signal.SIGSTOP)
+        if self._process.poll() is not None:
+            return
+        os.killpg(self._process.pid, signal.SIGSTOP)
         if hasattr(os, "waitid"):
             os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
