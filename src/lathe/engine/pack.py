@@ -88,7 +88,7 @@ def quantized(layer: Quantized, bias_O: Tensor | None) -> tuple[Linear, list[Ten
     scales_OG = layer.scales_OG.float()
     zeros_OG = torch.zeros_like(scales_OG) if layer.zeros_OG is None else layer.zeros_OG.float()
     made = Linear(layout.BYTE if layer.bits == 8 else layout.NIBBLE, *codes_OI.shape, group, int(exact))
-    return _filled(made, _panels(codes_OI, layer.bits), _across(scales_OG), _across(zeros_OG + half), bias_O)
+    return _filled(made, _panels(codes_OI, layer.bits), _by_panel(scales_OG), _by_panel(zeros_OG + half), bias_O)
 
 
 _NIBBLES = 8  # inputs that a panel of 4 bits holds side by side
@@ -111,32 +111,33 @@ def _nibbles_of(weight_OI: Tensor, bias_O: Tensor | None) -> tuple[Linear, list[
     """A float matrix as int4: in each group the number of largest magnitude becomes -8."""
     outputs, inputs = weight_OI.shape
     wide_OGI = F.pad(weight_OI, (0, -inputs % _GROUP)).view(outputs, -1, _GROUP)
-    peaks_OG1 = wide_OGI.gather(2, wide_OGI.abs().argmax(2, keepdim=True))
-    scales_OG1 = peaks_OG1 / -8
-    steps_OGI = wide_OGI / torch.where(scales_OG1 == 0, torch.ones_like(scales_OG1), scales_OG1)
-    codes_OI = steps_OGI.round_().clamp_(-8, 7).to(torch.int8).flatten(1)[:, :inputs]
-    scales_OG = scales_OG1[..., 0].contiguous()
+    low_OG, high_OG = wide_OGI.aminmax(dim=2)
+    scales_OG = torch.where(-low_OG > high_OG, low_OG, high_OG) / -8
+    inverses_OG1 = torch.where(scales_OG == 0, torch.ones_like(scales_OG), scales_OG).reciprocal_()[..., None]
+    codes_OI = (wide_OGI * inverses_OG1).round_().clamp_(-8, 7).to(torch.int8).flatten(1)[:, :inputs].contiguous()
     made = Linear(layout.NIBBLE, outputs, inputs, _GROUP, 0)
-    return _filled(made, _panels(codes_OI, 4), _across(scales_OG), None, bias_O)
+    return _filled(made, _panels(codes_OI, 4), _by_panel(scales_OG), None, bias_O)
 
 
 def _panels(codes_OI: Tensor, bits: int) -> Tensor:
     """Codes, O × I, as panels of bytes."""
     outputs, inputs = codes_OI.shape
     step = 4 if bits == 8 else _NIBBLES
-    raised_OI = (codes_OI.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
+    raised_OI = codes_OI.view(torch.uint8) + 2 ** (bits - 1)  # whole numbers of 8 bits start over past 255
     raised_OI = F.pad(raised_OI, (0, -inputs % step, 0, -outputs % PANEL))
-    each_POK = raised_OI.view(-1, PANEL, raised_OI.shape[1] // step, step).transpose(1, 2)
+    each_POK = raised_OI.view(-1, PANEL, raised_OI.shape[1] // step, step)
     if bits == 4:
         each_POK = each_POK[..., :4] | (each_POK[..., 4:] << 4)
     made = empty_bytes(each_POK.numel())
-    made.view(each_POK.shape).copy_(each_POK)
+    words_PKO = each_POK.contiguous().view(torch.int32)[..., 0].transpose(1, 2)
+    made.view(torch.int32).view(words_PKO.shape).copy_(words_PKO)
     return made
 
 
-def _across(numbers_OG: Tensor) -> Tensor:
-    """Scales or zeros, O × G, as G × O with outputs to whole panels."""
-    return F.pad(numbers_OG.t(), (0, -len(numbers_OG) % PANEL)).contiguous()
+def _by_panel(numbers_OG: Tensor) -> Tensor:
+    """Scales or zeros, O × G, as panels × G × 32."""
+    whole_OG = F.pad(numbers_OG, (0, 0, 0, -len(numbers_OG) % PANEL))
+    return whole_OG.view(-1, PANEL, numbers_OG.shape[1]).transpose(1, 2).contiguous()
 
 
 def _filled(

@@ -27,7 +27,7 @@ struct Linear {
     int32_t group;        // inputs that share a scale; as many as there are, or for nibbles a multiple of 8
     int32_t exact;        // of codes: 1 where x is taken as it is, 0 where it is rounded to int8
     const void* weight;
-    const float* scales;  // of codes: groups × outputs, padded to whole panels
+    const float* scales;  // of codes: panels × groups × 32, so that they are read in order
     const float* zeros;   // the same: what is taken from the stored codes; null where x is rounded: 128, of nibbles 8
     const float* bias;    // outputs, or null
 };

@@ -147,7 +147,7 @@ void multiply_byte(float* tile, const Rounded& x, int row, int rows, const Linea
 // Each group has its own scale and zero: Σ_groups scale · (Σ code · x − zero · Σ x).
 template <int M>
 INLINE void nibble_rows(float* tile, const Rounded& x, int row, const uint8_t* panel, const float* scales,
-                        const float* zeros, long padded, int inputs, int group) {
+                        const float* zeros, int inputs, int group) {
     vf totals[M][kPanelVectors];
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
@@ -177,7 +177,7 @@ INLINE void nibble_rows(float* tile, const Rounded& x, int row, const uint8_t* p
                 const vi first = four_bytes(values + m * x.stride + k), second = four_bytes(values + m * x.stride + k + 4);
 #pragma GCC unroll 16
                 for (int n = 0; n < kPanelVectors; ++n)
-                    sums[m][n] = add_products(add_products(sums[m][n], low[n], first), high[n], second);
+                    sums[m][n] = add_products(sums[m][n], low[n], first) + add_products(vi{}, high[n], second);
             }
         }
 #pragma GCC unroll 16
@@ -185,8 +185,8 @@ INLINE void nibble_rows(float* tile, const Rounded& x, int row, const uint8_t* p
             const vf of_x = all((float)x.sums[(long)(row + m) * groups + g]);
 #pragma GCC unroll 16
             for (int n = 0; n < kPanelVectors; ++n)
-                totals[m][n] += load(scales + g * padded + n * L) *
-                                (as_float(sums[m][n]) - (zeros ? load(zeros + g * padded + n * L) : all(8.0f)) * of_x);
+                totals[m][n] += load(scales + g * kPanel + n * L) *
+                                (as_float(sums[m][n]) - (zeros ? load(zeros + g * kPanel + n * L) : all(8.0f)) * of_x);
         }
     }
 #pragma GCC unroll 16
@@ -197,23 +197,23 @@ INLINE void nibble_rows(float* tile, const Rounded& x, int row, const uint8_t* p
 }
 
 void multiply_nibble(float* tile, const Rounded& x, int row, int rows, const Linear& w, int panel) {
-    const long steps = (w.inputs + 7) / 8, padded = (w.outputs + kPanel - 1) / kPanel * kPanel;
+    const long steps = (w.inputs + 7) / 8, groups = (w.inputs + w.group - 1) / w.group;
     const uint8_t* codes = (const uint8_t*)w.weight + panel * steps * (kPanel * 4);
-    const float* scales = w.scales + (long)panel * kPanel;
-    const float* zeros = w.zeros ? w.zeros + (long)panel * kPanel : nullptr;
+    const float* scales = w.scales + panel * groups * kPanel;
+    const float* zeros = w.zeros ? w.zeros + panel * groups * kPanel : nullptr;
     // Sums and totals share the registers, so a block is half as many rows as elsewhere.
     constexpr int most = kPackedRows / 2 > 0 ? kPackedRows / 2 : 1;
     for (int m = 0; m < rows;) {
         float* to = tile + m * kPanel;
         const int count = rows - m < most ? rows - m : most;
         switch (count) {
-            case 1: nibble_rows<1>(to, x, row + m, codes, scales, zeros, padded, w.inputs, w.group); break;
+            case 1: nibble_rows<1>(to, x, row + m, codes, scales, zeros, w.inputs, w.group); break;
 #if defined(__AVX512F__)
-            case 2: nibble_rows<2>(to, x, row + m, codes, scales, zeros, padded, w.inputs, w.group); break;
-            case 3: nibble_rows<3>(to, x, row + m, codes, scales, zeros, padded, w.inputs, w.group); break;
-            case 4: nibble_rows<4>(to, x, row + m, codes, scales, zeros, padded, w.inputs, w.group); break;
-            case 5: nibble_rows<5>(to, x, row + m, codes, scales, zeros, padded, w.inputs, w.group); break;
-            case 6: nibble_rows<6>(to, x, row + m, codes, scales, zeros, padded, w.inputs, w.group); break;
+            case 2: nibble_rows<2>(to, x, row + m, codes, scales, zeros, w.inputs, w.group); break;
+            case 3: nibble_rows<3>(to, x, row + m, codes, scales, zeros, w.inputs, w.group); break;
+            case 4: nibble_rows<4>(to, x, row + m, codes, scales, zeros, w.inputs, w.group); break;
+            case 5: nibble_rows<5>(to, x, row + m, codes, scales, zeros, w.inputs, w.group); break;
+            case 6: nibble_rows<6>(to, x, row + m, codes, scales, zeros, w.inputs, w.group); break;
 #endif
         }
         m += count;
@@ -253,13 +253,13 @@ void round_row(const Rounded& to, int row, const float* x, int width, int group)
 
 void unpack(float* panel, const Linear& w, int index) {
     const int group = w.group, per = w.storage == lathe::kNibble ? 8 : 4;
-    const long padded = (w.outputs + kPanel - 1) / kPanel * kPanel;
+    const long first = (long)index * ((w.inputs + group - 1) / group);  // of this panel's groups
     const uint8_t* codes = (const uint8_t*)w.weight + (long)index * ((w.inputs + per - 1) / per) * (kPanel * 4);
     for (int k = 0; k < w.inputs; k += per, codes += kPanel * 4)
 #pragma GCC unroll 16
         for (int n = 0; n < kPanelVectors; ++n) {
             const vi four = load_whole(codes + n * L * 4);
-            const long at = (k / group) * padded + (long)index * kPanel + n * L;
+            const long at = (first + k / group) * kPanel + n * L;
             const vf scale = load(w.scales + at), zero = load(w.zeros + at);
             const auto put = [&](int input, vi code) __attribute__((always_inline)) {
                 if (input < w.inputs) store(panel + (long)input * kPanel + n * L, (as_float(code) - zero) * scale);
