@@ -111,6 +111,8 @@ $(VENV)/.stamp-test: PACKAGES = .[test]
 $(VENV)/.stamp-lint: PACKAGES = .[lint]
 $(VENV)/.stamp-results: PACKAGES = .[results]
 $(VENV)/.stamp-bench: PACKAGES = .[bench]
+# The native step (docs/engine.md) is compiled as Lathe is installed, and again when a source of it changes.
+NATIVE := $(wildcard src/lathe/engine/native/*) src/lathe/engine/build.py hatch_build.py
 # Modules are compiled as they are first imported: compiling all of them here would take longer than the rest.
 $(VENV)/.stamp-run $(VENV)/.stamp-test $(VENV)/.stamp-lint $(VENV)/.stamp-results $(VENV)/.stamp-bench: \
 		$(VENV)/.stamp-venv pyproject.toml
