@@ -115,7 +115,7 @@ $(VENV)/.stamp-bench: PACKAGES = .[bench]
 NATIVE := $(wildcard src/lathe/engine/native/*) src/lathe/engine/build.py hatch_build.py
 # Modules are compiled as they are first imported: compiling all of them here would take longer than the rest.
 $(VENV)/.stamp-run $(VENV)/.stamp-test $(VENV)/.stamp-lint $(VENV)/.stamp-results $(VENV)/.stamp-bench: \
-		$(VENV)/.stamp-venv pyproject.toml
+		$(VENV)/.stamp-venv pyproject.toml $(NATIVE)
 	@echo "Installing $(PACKAGES) with $(TORCH) into $(VENV) (a minute or more the first time)"
 	@$(PIP) --no-compile "$(TORCH)" --editable "$(PACKAGES)"
 	@touch $@

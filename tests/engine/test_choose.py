@@ -62,7 +62,7 @@ def test_a_changed_weight_is_seen() -> None:
         model.embedding.tokens.weight.copy_(torch.randn_like(model.embedding.tokens.weight))
     assert torch.equal(model.generate(ids, max_new_tokens=8), model.generate(ids, max_new_tokens=8, engine="torch"))
     assert not torch.equal(model.generate(ids, max_new_tokens=8), before)
-    model.decoder.feed_forward[0].up = nn.Linear(16, 32)  # type: ignore[union-attr]
+    model.get_submodule("decoder.feed_forward.0").up = nn.Linear(16, 32)
     assert torch.equal(model.generate(ids, max_new_tokens=8), model.generate(ids, max_new_tokens=8, engine="torch"))
 
 
@@ -77,7 +77,7 @@ def test_what_the_native_step_cannot_hold_is_named_and_computed_by_the_modules()
     with torch.no_grad():
         assert same(engine(ids).logits, double(ids).logits)
     hooked = tiny()
-    hooked.decoder.feed_forward[0].up.register_forward_hook(lambda *_: None)  # type: ignore[union-attr]
+    hooked.get_submodule("decoder.feed_forward.0.up").register_forward_hook(lambda *_: None)
     assert "hook" in str(Engine(hooked).reason)
 
 
@@ -109,7 +109,7 @@ def test_the_same_errors_are_raised() -> None:
 def test_a_weight_that_is_no_number_is_named() -> None:
     model = tiny()
     with torch.no_grad():
-        model.decoder.feed_forward[0].up.weight[0, 0] = float("nan")  # type: ignore[union-attr]
+        model.get_parameter("decoder.feed_forward.0.up.weight")[0, 0] = float("nan")
     with pytest.raises(RequestError, match=r"decoder\.feed_forward\.0\.up\.weight holds 1 values"):
         model.generate(torch.tensor([[5, 6]]), max_new_tokens=3, engine="native")
 
