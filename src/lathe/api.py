@@ -363,7 +363,7 @@ def resize(
     else:
         calibrate = batches = [_as_batch(model, each) for each in calibrate]
     how: dict[str, Any] = {"method": method, "refit": refit, "share": share, "seed": seed, "own_form": own_form}
-    limits = {"max_parameters": max_parameters, "max_bytes": max_bytes, "max_latency": max_latency}
+    limits: dict[str, Any] = {"max_parameters": max_parameters, "max_bytes": max_bytes, "max_latency": max_latency}
     budget: dict[str, Any] | None = None
     if any(limit is not None for limit in limits.values()):
         if vocabulary is not None:
@@ -527,7 +527,7 @@ def plan_budget(
     from lathe.reshape.vocabulary import settings_ids
 
     refuse_quantized(model, "resize it")
-    limits = {"max_parameters": max_parameters, "max_bytes": max_bytes, "max_latency": max_latency}
+    limits: dict[str, Any] = {"max_parameters": max_parameters, "max_bytes": max_bytes, "max_latency": max_latency}
     settings = read_budget({**limits, "budget.effort": effort})
     if settings is None:
         raise RequestError("no budget: give max_parameters, max_bytes or max_latency")

@@ -63,8 +63,8 @@ def test_keys_that_all_rows_share_may_be_held_once(
     places = shared + torch.arange(batch)[:, None] % (own + 1) + torch.arange(queries)
     mask = cached_mask(places, keys, window=window)
     found, weights = attend_shared(q, first, k, v, mask, bias_BHTS=bias, scale=0.7)
-    whole = [torch.cat((each.expand(batch, -1, -1, -1), rest), dim=2) for each, rest in zip(first, (k, v))]
-    expected, theirs = attend_reference(q, *whole, mask, bias_BHTS=bias, scale=0.7)
+    whole_k, whole_v = (torch.cat((each.expand(batch, -1, -1, -1), rest), dim=2) for each, rest in zip(first, (k, v)))
+    expected, theirs = attend_reference(q, whole_k, whole_v, mask, bias_BHTS=bias, scale=0.7)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(weights, theirs)
 

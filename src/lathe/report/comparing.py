@@ -131,6 +131,7 @@ def compare(
 def _row(source: Source, found: Quality, speed: float, text: Text) -> Row:
     assert text.objective is not None
     assert source.tokenizer is not None
+    assert source.directory is not None
     files = hashlib.sha256()
     for content in sorted(source.tokenizer.files.values()):
         files.update(content)
