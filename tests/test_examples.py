@@ -22,6 +22,7 @@ _WITH_EXAMPLES = {
     for name in _MODULES
     if (source := importlib.util.find_spec(name)) is not None
     and source.origin is not None
+    and source.origin.endswith(".py")  # the native step is a library
     and ">>> " in Path(source.origin).read_text(encoding="utf-8")
 }
 

@@ -449,7 +449,7 @@ def quantize(
         >>> tiny = lathe.preset("gpt2").with_(d_model=32, n_heads=2, d_head=16, d_ff=64, n_layers=1)
         >>> small = lathe.quantize(lathe.Model(tiny, seed=0), bits=4, keep=["decoder.attention"])
         >>> small.decoder.feed_forward[0].up
-        QuantizedLinear(32 → 64, 4 bits)
+        QuantizedLinear(32 → 64, 4 bits, activations=none)
     """
     from lathe.quantization.quantise import quantise
     from lathe.quantization.settings import QuantizeSettings

@@ -52,8 +52,8 @@ def test_a_row_depends_on_no_other_on_no_number_of_places_and_on_no_order(
     model = model_of(name)
     # Some begin alike, with what is long enough to be waited for, or not.
     texts = [list(range(5, 5 + alike)) + text if at % 3 else text for at, text in enumerate(texts)]
-    if "max_length" in how and model.encoder is None:
-        texts = [text[:13] for text in texts]
+    if model.encoder is None:  # what it reads and what it writes share its 32 positions
+        texts = [text[: 13 if "max_length" in how else 32 - how["max_new_tokens"]] for text in texts]
     how = {**how, "eos_token_id": ended_early(model)}
     seeds = [100 + at for at in range(len(texts))]
     order = data.draw(st.permutations(range(len(texts))))
@@ -107,8 +107,8 @@ def test_beams_that_take_turns_are_those_of_the_prompt_alone(
     # All begin alike, with what is long enough to be held once, or not; an encoder's sources come twice.
     texts = [list(range(5, 5 + alike)) + text for text in texts]
     texts = [*texts, *texts[:2]]
-    if "max_length" in how and model.encoder is None:
-        texts = [text[:13] for text in texts]
+    if model.encoder is None:  # what it reads and what it writes share its 32 positions
+        texts = [text[: 13 if "max_length" in how else 32 - how["max_new_tokens"]] for text in texts]
     how = {**how, "eos_token_id": ended_early(model)}
     order, copies = data.draw(st.permutations(range(len(texts)))), how.get("num_return_sequences", 1)
     seeded = "do_sample" in how

@@ -30,7 +30,11 @@ def explained(
 
 def test_watching_changes_nothing_and_names_every_token_chosen(made: tuple[lathe.Model, Tokenizer]) -> None:
     found, steps = explained(made, PROMPTS, max_new_tokens=4)
-    assert found == complete(*made, PROMPTS, max_new_tokens=4, eos_token_id=None)
+    # What is watched runs through the modules; nothing but rounding may come of that.
+    plain = complete(*made, PROMPTS, max_new_tokens=4, eos_token_id=None)
+    assert [text.ids for text in found] == [text.ids for text in plain]
+    for text, other in zip(found, plain, strict=True):
+        assert text.log_probs == pytest.approx(other.log_probs, rel=1e-5)
     for row, text in enumerate(found):
         own = [step for step in steps if step["row"] == row]
         assert [step["chosen"] for step in own] == text.ids

@@ -118,11 +118,11 @@ def test_stored_settings_that_nobody_knows_are_passed_over_with_a_warning(caplog
         ({"do_sample": True, "min_p": -0.1}, "min_p=-0.1"),
         (
             {"do_sample": True, "epsilon_cutoff": 1.0},
-            "epsilon_cutoff=1.0: expected at least 0, which cuts none, and below 1",
+            "epsilon_cutoff=1.0: expected at least 0, which cuts nothing, and below 1",
         ),
         (
             {"do_sample": True, "eta_cutoff": -0.1},
-            "eta_cutoff=-0.1: expected at least 0, which cuts none, and below 1",
+            "eta_cutoff=-0.1: expected at least 0, which cuts nothing, and below 1",
         ),
         ({"eta_cutoff": 0.01}, "eta_cutoff=0.01: nothing is sampled"),
         ({"force_words_ids": [[5]]}, "force_words_ids=[[5]]: not supported; leave it out"),

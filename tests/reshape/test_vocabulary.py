@@ -241,7 +241,10 @@ def test_generation_settings_keep_their_tokens() -> None:
             r"vocab_size=100 is too small: .* take 2\d\d; ask for",
         ),
         ({"vocab_size": 400}, "which of 500 tokens to keep is seen from text; give it"),
-        ({"vocab_size": 900}, "vocab_size=900: the model has 500; new tokens need words, or a corpus"),
+        (
+            {"vocab_size": 900},
+            r"vocab_size=900: the model has 500; new tokens need words=\[…\], or a text",
+        ),
         ({"vocab_size": 900, "vocabulary": Vocabulary(words=["hippo"])}, "give a text to learn them"),
         ({"vocabulary": Vocabulary(words=["hippo", "hippo"])}, "'hippo' and 'hippo' are the same piece"),
         ({"vocabulary": Vocabulary(ids=[4, 600])}, "ids holds 600: expected ids from 0 to 499"),
