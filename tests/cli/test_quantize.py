@@ -53,10 +53,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(model, batches, TrainSettings(steps=80, optimizer=OptimizerSettings(lr=3e-3), dropout=0.0))
     # One channel of a head is written small and read large. That computes the same and spoils a row's scales.
     with torch.no_grad():
-        for value, output in ((layer.v, layer.o) for layer in model.encoder.attention):
-            value.weight[0] /= 40
-            value.bias[0] /= 40
-            output.weight[:, 0] *= 40
+        for layer in range(SIZES["n_layers"]):
+            path = f"encoder.attention.{layer}"
+            model.get_parameter(f"{path}.v.weight")[0] /= 40
+            model.get_parameter(f"{path}.v.bias")[0] /= 40
+            model.get_parameter(f"{path}.o.weight")[:, 0] *= 40
     model.save(folder / "bert")
     return folder
 
