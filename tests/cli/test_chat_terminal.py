@@ -66,11 +66,11 @@ def chat(tmp_path: Path) -> Iterator[Terminal]:
     """A chat with a tiny model whose answers are far longer than anyone waits for."""
     tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog"] * 20, 280, convention="gpt2")
     sizes = {"vocab_size": 280, "n_layers": 1, "d_model": 8, "d_ff": 8, "n_heads": 1, "d_head": 8}
-    tokens = {"tokens.eos": [tokenizer.eos_id], "tokens.bos": tokenizer.bos_id, "max_positions": 5000}
+    tokens = {"tokens.eos": [tokenizer.eos_id], "tokens.bos": tokenizer.bos_id, "max_positions": 50_600}
     lathe.Model(lathe.preset("gpt2").with_({**tokens, **sizes}), seed=1, tokenizer=tokenizer).save(tmp_path / "model")
     template = tmp_path / "plain.jinja"
     template.write_text("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}", encoding="utf-8")
-    length = ("--max-new-tokens", "4400", "min_new_tokens=4400", "--sample", "--seed", "3")
+    length = ("--max-new-tokens", "50000", "min_new_tokens=50000", "--sample", "--seed", "3")
     terminal = Terminal("chat", tmp_path / "model", "--template", template, *length)
     yield terminal
     terminal.close()
