@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lathe.cli.destination import require_free
 from lathe.cli.output import Terminal, answers, emit_json
 from lathe.cli.settings import parse_settings
 from lathe.errors import RequestError
@@ -73,7 +74,7 @@ def command(
         "tables": tables,
         "keep": tuple(keep or ()),
     }
-    _require_free(destination)
+    require_free(destination)
     outcome = Job(_request(source, how, words)).run(destination, pages=pages, reporter=Terminal())
     if as_json:
         emit_json({"directory": str(destination), **outcome.to_dict()})
@@ -97,14 +98,6 @@ def _request(source: str, how: dict[str, Any], words: dict[str, Any]) -> Quantiz
         objective=read_objective(words),
         seed=words.get("seed", 0),
     )
-
-
-def _require_free(destination: Path) -> None:
-    """Refuse before the work what would be refused after it."""
-    if destination.is_file():
-        raise RequestError(f"{destination} is a file, where a directory is to be written: choose another name")
-    if destination.is_dir() and any(destination.iterdir()):
-        raise RequestError(f"{destination} already exists and is not empty: choose another directory")
 
 
 def _show(outcome: Outcome, destination: Path) -> None:

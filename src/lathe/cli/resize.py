@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lathe.cli.destination import require_free
 from lathe.cli.output import Terminal, answers, emit_json
 from lathe.cli.settings import parse_settings
 from lathe.errors import RequestError
@@ -88,7 +89,7 @@ def _resize(
     from lathe.reshape.job import open_job, run_job
     from lathe.reshape.request import read_request
 
-    _require_free(destination)
+    require_free(destination)
     if recipe is not None:
         job = _replay(source, words, recipe, device)
     else:
@@ -147,14 +148,6 @@ def _show_plan(plan: Mapping[str, Any], as_json: bool) -> None:
     from lathe.reshape.budget_table import text
 
     answers().print(text(plan), soft_wrap=True)
-
-
-def _require_free(destination: Path) -> None:
-    """Refuse before the work what would be refused after it."""
-    if destination.is_file():
-        raise RequestError(f"{destination} is a file, where a directory is to be written: choose another name")
-    if destination.is_dir() and any(destination.iterdir()):
-        raise RequestError(f"{destination} already exists and is not empty: choose another directory")
 
 
 def _show(outcome: Outcome, destination: Path) -> None:

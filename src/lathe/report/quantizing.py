@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import yaml
-
 from lathe._version import __version__
 from lathe.quantization.outcome import Outcome
+from lathe.report.card import header, reload_sentences, table
 from lathe.report.html import Page
-from lathe.report.resizing import _markdown, _tensors
 from lathe.reshape.recipe import Recipe
 
 WORST = ("layer", "bits", "output off by", "bytes before", "bytes after")
@@ -44,28 +40,20 @@ def page(outcome: Outcome, recipe: Recipe) -> str:
 
 def card(outcome: Outcome, recipe: Recipe) -> str:
     """The model card, with the header that the Hugging Face hub reads."""
-    header: dict[str, Any] = dict(outcome.card)
-    if outcome.family is not None:
-        header["library_name"] = "transformers"
-    if outcome.base is not None:
-        header["base_model"] = outcome.base
-    header["tags"] = ["lathe", "quantized", *([outcome.family] if outcome.family else [])]
     lines = [
-        "---",
-        yaml.safe_dump(header, sort_keys=True, allow_unicode=True).rstrip(),
-        "---",
+        *header(outcome.card, made="quantized", family=outcome.family, base=outcome.base),
         "",
         f"# {outcome.result.name}",
         "",
         summary(outcome),
         "",
-        *_markdown(*size_rows(outcome)),
+        *table(*size_rows(outcome)),
         "",
         "## The worst layers",
         "",
         _what_errors_are(outcome),
         "",
-        *_markdown(WORST, worst_rows(outcome, 8)),
+        *table(WORST, worst_rows(outcome, 8)),
         "",
         *proposal_lines(outcome),
         "",
@@ -132,12 +120,7 @@ def proposal_lines(outcome: Outcome) -> list[str]:
 
 def reload_lines(outcome: Outcome) -> list[str]:
     """What was found when the files were opened again, as sentences."""
-    found = outcome.reload
-    lines = [f"Lathe: the largest difference of a logit over {found.tokens} positions is {found.largest:.2g}."]
-    if found.stock is None:
-        reason = "; ".join(outcome.reasons)
-        return [*lines, f"Stock transformers: not compared ({found.note}{': ' + reason if reason else ''})."]
-    return [*lines, f"Stock transformers: the largest difference is {found.stock:.2g}; {_tensors(found)}."]
+    return reload_sentences(outcome.reload, outcome.reasons)
 
 
 def summary(outcome: Outcome) -> str:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
 from lathe._version import __version__
+from lathe.report.card import header, reload_sentences, table
 from lathe.report.frontier import Point, frontier_svg
 from lathe.report.html import Page
 from lathe.report.plots import curves
 from lathe.reshape.budget_table import ALONE, PLAN, alone_cells, plan_cells, sentences
 from lathe.reshape.measure import Quality
-from lathe.reshape.outcome import Done, Outcome, Reload, Size
+from lathe.reshape.outcome import Done, Outcome, Size
 from lathe.reshape.recipe import Recipe
 from lathe.reshape.state import ENDS
 
@@ -80,26 +79,18 @@ def page(outcome: Outcome, recipe: Recipe) -> str:
 
 def card(outcome: Outcome, recipe: Recipe) -> str:
     """The model card, with the header that the Hugging Face hub reads."""
-    header: dict[str, Any] = dict(outcome.card)
-    if outcome.family is not None:
-        header["library_name"] = "transformers"
-    if outcome.base is not None:
-        header["base_model"] = outcome.base
-    header["tags"] = ["lathe", "resized", *([outcome.family] if outcome.family else [])]
     lines = [
-        "---",
-        yaml.safe_dump(header, sort_keys=True, allow_unicode=True).rstrip(),
-        "---",
+        *header(outcome.card, made="resized", family=outcome.family, base=outcome.base),
         "",
         f"# {outcome.result.name}",
         "",
         _summary(outcome),
         "",
-        *_markdown(*size_table(outcome)),
+        *table(*size_table(outcome)),
         "",
         "## Steps",
         "",
-        *_markdown(STEPS, step_cells(outcome)),
+        *table(STEPS, step_cells(outcome)),
         "",
         "Exact: every output as it was, up to rounding. The change of the logits is relative, root mean square.",
         "",
@@ -184,22 +175,7 @@ def step_notes(outcome: Outcome) -> list[str]:
 
 def reload_lines(outcome: Outcome) -> list[str]:
     """What was found when the files were opened again, as sentences."""
-    found = outcome.reload
-    lines = [f"Lathe: the largest difference of a logit over {found.tokens} positions is {found.largest:.2g}."]
-    if found.stock is None:
-        reason = "; ".join(outcome.reasons)
-        return [*lines, f"Stock transformers: not compared ({found.note}{': ' + reason if reason else ''})."]
-    return [*lines, f"Stock transformers: the largest difference is {found.stock:.2g}; {_tensors(found)}."]
-
-
-def _tensors(found: Reload) -> str:
-    if not found.missing and not found.unexpected:
-        return "no tensor is missing, none is unexpected"
-    parts = []
-    for what, names in (("missing", found.missing), ("unexpected", found.unexpected)):
-        if names:
-            parts.append(f"{what}: {', '.join(names[:4])}{'…' if len(names) > 4 else ''}")
-    return "; ".join(parts)
+    return reload_sentences(outcome.reload, outcome.reasons)
 
 
 # --- parts
@@ -333,8 +309,3 @@ def _share(value: float | None) -> str:
     if value == 0:
         return "0"
     return f"{value:.2%}" if value >= 1e-4 else f"{value:.1e}"
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
