@@ -36,6 +36,7 @@ from lathe.model.stack import Memory
 from lathe.model.transformer import Transformer, check_ids
 
 PRECISIONS = ("float32", "int8", "int4")
+STRETCH = 30_000_000  # nanoseconds that `go_on` takes steps for
 
 
 class Engine:
@@ -215,11 +216,61 @@ class Engine:
             return None
         given = _Given(ids_BT, mask_BT, None, None)
         rows = len(ids_BT)
-        if self._logits is None or len(self._logits) < rows:
-            self._logits = torch.empty(rows, self.architecture.embedding.vocab_size)
+        self._row_of_logits(rows)
         chosen = torch.empty(rows, dtype=torch.long), torch.empty(rows)
         self._run(self._decoder, given, 1, cache=cache, memory=memory, chosen=chosen)
         return chosen
+
+    @torch.no_grad()
+    def go_on(
+        self,
+        tokens_B: Tensor,
+        ended_B: Tensor,
+        cache: Cache,
+        memory: Memory | None,
+        *,
+        most: int,
+        ends: Tensor,
+        filler: int,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Read a token more a row, choose the next, read that: as `choose` does, for several steps without Python.
+
+        They stop after `most`, when every row has ended, or when `STRETCH` nanoseconds have passed, so that text
+        streams and the work can be broken off.
+
+        Args:
+            tokens_B: what is read first.
+            ended_B: rows that have ended already.
+            ends: the tokens that end a row.
+            filler: what a row goes on with that has ended.
+
+        Returns:
+            Of each step, N × B: the tokens, their log-probabilities (0 where the row had ended), and whether the row
+            has ended. A token is -1, in the last step, where a logit is no number. None, with nothing read, where
+            the modules have to serve.
+        """
+        if self._cannot(None, None, memory, cache) is not None or self._decoder is None:
+            return None
+        rows, before_B = len(tokens_B), cache.lengths_B
+        call, ids_BT, held = self._call(self._decoder, _Given(tokens_B[:, None], None, None, None), cache, memory, most)
+        logits = self._row_of_logits(rows)
+        call.keep, call.logits = 1, logits.data_ptr()
+        tokens_NB = torch.empty(most + 1, rows, dtype=torch.long)
+        ended_NB = torch.empty(most + 1, rows, dtype=torch.bool)
+        log_probs_NB, ends = torch.empty(most, rows), ends.contiguous()
+        tokens_NB[0], ended_NB[0] = ids_BT[:, 0], ended_B
+        steps = layout.Steps(most=most, n_ends=len(ends), nanoseconds=STRETCH, ends=ends.data_ptr(), filler=filler)
+        steps.tokens, steps.ended = tokens_NB.data_ptr(), ended_NB.data_ptr()
+        steps.log_probabilities = log_probs_NB.data_ptr()
+        self._decoder.go_on(call, steps)
+        del held  # until here the call read them
+        cache.rewind(before_B + steps.done, torch.zeros_like(before_B))
+        return tokens_NB[1 : steps.done + 1], log_probs_NB[: steps.done], ended_NB[1 : steps.done + 1]
+
+    def _row_of_logits(self, rows: int) -> Tensor:
+        if self._logits is None or len(self._logits) < rows:
+            self._logits = torch.empty(rows, self.architecture.embedding.vocab_size)
+        return self._logits
 
     def _cannot(
         self, mask: Tensor | None, decoder_mask: Tensor | None, memory: Memory | None, cache: Cache | None
@@ -275,28 +326,8 @@ class Engine:
         Args:
             chosen: where tokens and their log-probabilities go, in place of logits that anyone sees.
         """
-        ids_BT = given.checked(self.architecture.embedding.vocab_size, program)
-        batch, columns = ids_BT.shape
-        mask_BT = given.mask
-        call = layout.Call(batch=batch, columns=columns, threads=self._threads(), ids=ids_BT.data_ptr())
-        held: list[object] = [ids_BT]
-        for name, tensor in (("mask", mask_BT), ("types", given.types), ("positions", given.positions)):
-            if tensor is not None:
-                wide = tensor.to(torch.long).expand(batch, columns).contiguous()
-                held.append(wide)
-                setattr(call, name, wide.data_ptr())
-        reach, places_BT = columns, None  # places that a key or a query may stand at
-        if cache is not None:
-            before_B = cache.lengths_B
-            places_BT = cache.place(mask_BT, columns)
-            reach = cache.seen
-            call.lengths = before_B.data_ptr()
-            held += [before_B, *_fill_cache(call, cache)]
-        given.check_positions(program, places_BT, reach)
-        farthest = reach if given.positions is None else max(reach, int(given.positions.max()) + 1)
-        _fill_tables(call, program, reach, farthest)
-        if memory is not None:
-            held += self._read_memory(call, program, memory, cache, batch)
+        call, ids_BT, held = self._call(program, given, cache, memory)
+        mask_BT, (batch, columns) = given.mask, ids_BT.shape
         call.keep = keep if keep else columns
         hidden = logits = None
         if cache is None:
@@ -321,6 +352,38 @@ class Engine:
             logits = _spread(logits, None if mask_BT is None else mask_BT[:, -call.keep :], batch)
         return hidden, logits
 
+    def _call(
+        self, program: Program, given: _Given, cache: Cache | None, memory: Memory | None, steps: int = 1
+    ) -> tuple[layout.Call, Tensor, list[object]]:
+        """What a pass reads: the call, the ids, B × T, and what has to live until it has run.
+
+        Args:
+            steps: how many passes the cache and the tables are to have room for, those after the first of one token.
+        """
+        ids_BT = given.checked(self.architecture.embedding.vocab_size, program)
+        batch, columns = ids_BT.shape
+        mask_BT = given.mask
+        call = layout.Call(batch=batch, columns=columns, threads=self._threads(), ids=ids_BT.data_ptr())
+        held: list[object] = [ids_BT]
+        for name, tensor in (("mask", mask_BT), ("types", given.types), ("positions", given.positions)):
+            if tensor is not None:
+                wide = tensor.to(torch.long).expand(batch, columns).contiguous()
+                held.append(wide)
+                setattr(call, name, wide.data_ptr())
+        reach, places_BT = columns, None  # places that a key or a query may stand at
+        if cache is not None:
+            before_B = cache.lengths_B
+            places_BT = cache.place(mask_BT, columns + steps - 1)
+            reach = cache.seen
+            call.lengths = before_B.data_ptr()
+            held += [before_B, *_fill_cache(call, cache)]
+        given.check_positions(program, places_BT, reach)
+        farthest = reach if given.positions is None else max(reach, int(given.positions.max()) + 1)
+        _fill_tables(call, program, reach, farthest)
+        if memory is not None:
+            held += self._read_memory(call, program, memory, cache, batch)
+        return call, ids_BT, held
+
     def _read_memory(
         self, call: layout.Call, program: Program, memory: Memory, cache: Cache | None, batch: int
     ) -> list[object]:
@@ -339,7 +402,9 @@ class Engine:
         if not layers[0].fixed:
             hidden_BSD = memory.hidden_BSD.detach().contiguous()
             shape = (sources, a.kv_heads, length, a.d_head)
-            made = [(torch.zeros(shape), torch.zeros(shape)) for _ in layers]
+            # The modules may read them after us, and a weight of 0 does not hide what is no number at a pad.
+            fresh = torch.empty if memory.padding_BS is None else torch.zeros
+            made = [(fresh(shape), fresh(shape)) for _ in layers]
             held += _fill_memory(call, made)
             call.memory, call.memory_hidden_row = hidden_BSD.data_ptr(), hidden_BSD.stride(0)
             program.run(call, reads_memory=True)

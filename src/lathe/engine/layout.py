@@ -153,3 +153,19 @@ class Call(ctypes.Structure):
         ("log_probabilities", c_void_p),
         ("hidden", c_void_p),
     ]
+
+
+class Steps(ctypes.Structure):
+    """Several steps of one token a row."""
+
+    _fields_ = [
+        ("most", c_int32),
+        ("n_ends", c_int32),
+        ("nanoseconds", c_int64),
+        ("ends", c_void_p),
+        ("filler", c_int64),
+        ("ended", c_void_p),
+        ("tokens", c_void_p),
+        ("log_probabilities", c_void_p),
+        ("done", c_int32),
+    ]

@@ -6,7 +6,7 @@ import ctypes
 import functools
 
 from lathe.engine import build
-from lathe.engine.layout import Call, Linear, Norm, Op, Spec
+from lathe.engine.layout import Call, Linear, Norm, Op, Spec, Steps
 from lathe.errors import LatheError
 
 
@@ -36,7 +36,7 @@ def library() -> ctypes.CDLL:
         raise NoLibrary(
             "native step not built: the library is of other sources than these; python -m lathe.engine.build builds it"
         )
-    sizes = [ctypes.sizeof(each) for each in (Op, Linear, Norm, Spec, Call)]
+    sizes = [ctypes.sizeof(each) for each in (Op, Linear, Norm, Spec, Call, Steps)]
     theirs = [found.lathe_sizes(which) for which in range(len(sizes))]
     if sizes != theirs:
         raise NoLibrary(f"native step not built: its structs are {theirs} bytes and Python's {sizes}")
@@ -47,6 +47,7 @@ def library() -> ctypes.CDLL:
     found.lathe_free.restype = None
     found.lathe_free.argtypes = [ctypes.c_void_p]
     found.lathe_run.argtypes = [ctypes.c_void_p, ctypes.POINTER(Call), ctypes.c_int]
+    found.lathe_go_on.argtypes = [ctypes.c_void_p, ctypes.POINTER(Call), ctypes.POINTER(Steps)]
     found.lathe_advise.restype = None
     found.lathe_advise.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     found.lathe_pack_bytes.restype = None
@@ -89,9 +90,17 @@ class Handle:
 
     def run(self, call: Call, *, reads_memory: bool = False) -> None:
         """Run one pass; LatheError where memory runs out."""
-        if self._library.lathe_run(self._program, ctypes.byref(call), int(reads_memory)):
-            raise LatheError("no memory for this many tokens at once; pass fewer or shorter rows")
+        _check(self._library.lathe_run(self._program, ctypes.byref(call), int(reads_memory)))
+
+    def go_on(self, call: Call, steps: Steps) -> None:
+        """Run several steps; LatheError where memory runs out."""
+        _check(self._library.lathe_go_on(self._program, ctypes.byref(call), ctypes.byref(steps)))
 
     def __del__(self) -> None:
         if getattr(self, "_program", None):
             self._library.lathe_free(self._program)
+
+
+def _check(failed: int) -> None:
+    if failed:
+        raise LatheError("no memory for this many tokens at once; pass fewer or shorter rows")

@@ -94,6 +94,10 @@ class Program:
         """Run one pass."""
         self._handle.run(call, reads_memory=reads_memory)
 
+    def go_on(self, call: layout.Call, steps: layout.Steps) -> None:
+        """Run several steps, each with the tokens that the one before chose."""
+        self._handle.go_on(call, steps)
+
     def relative_bias(self, length: int) -> tuple[Tensor, int] | None:
         """The bias of every distance up to `length`, heads × distances, and where distance 0 stands in it."""
         module = self.stack.relative_bias

@@ -327,7 +327,8 @@ def _encode(
 def evaluating(model: Transformer) -> Iterator[None]:
     """No dropout meanwhile; every module afterwards as it was."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    for module in training:
+        module.training = False
     try:
         yield
     finally:

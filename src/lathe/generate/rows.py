@@ -65,19 +65,39 @@ class Rows:
         """Read one more token a row; the logits of the one after, B × V, float32."""
         return self._read(tokens_B[:, None], None)
 
-    def likeliest(self, tokens_B: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Read a token more a row, or for None the prompt; each row's likeliest next token and its log-probability."""
+    def likeliest(self) -> tuple[Tensor, Tensor]:
+        """Read the prompt; each row's likeliest next token and its log-probability."""
         if isinstance(self.model, Engine):
-            whole = (self.prompt.ids_BT, self.prompt.mask_BT)
-            ids_BT, mask_BT = whole if tokens_B is None else (tokens_B[:, None], None)
-            found = self.model.choose(ids_BT, mask_BT, self.cache, self.memory)
+            found = self.model.choose(self.prompt.ids_BT, self.prompt.mask_BT, self.cache, self.memory)
             if found is not None:
-                if bool((found[0] < 0).any()):
-                    explain_no_numbers(self.model)
+                self._refuse_no_numbers(found[0])
                 return found
-        logits_BV = self.prefill() if tokens_B is None else self.step(tokens_B)
-        chosen_B = logits_BV.argmax(dim=-1)
-        return chosen_B, logits_BV.log_softmax(dim=-1).gather(1, chosen_B[:, None])[:, 0]
+        return _likeliest(self.prefill())
+
+    def go_on(
+        self, tokens_B: Tensor, ended_B: Tensor, *, most: int, ends: Tensor, filler: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Read a token more a row, take the likeliest next one, and go on with it for up to `most` steps.
+
+        Args:
+            ended_B: rows that have ended; their tokens are `filler`, with a log-probability of 0.
+            ends: the tokens that end a row.
+
+        Returns:
+            The tokens, their log-probabilities and whether each row has ended, of each step that was taken, N × B.
+        """
+        if isinstance(self.model, Engine):
+            found = self.model.go_on(tokens_B, ended_B, self.cache, self.memory, most=most, ends=ends, filler=filler)
+            if found is not None:
+                self._refuse_no_numbers(found[0][-1])
+                return found
+        chosen_B, log_probs_B = _likeliest(self.step(tokens_B))
+        chosen_B, log_probs_B = chosen_B.masked_fill(ended_B, filler), log_probs_B.masked_fill(ended_B, 0)
+        return chosen_B[None], log_probs_B[None], (ended_B | torch.isin(chosen_B, ends))[None]
+
+    def _refuse_no_numbers(self, chosen_B: Tensor) -> None:
+        if bool((chosen_B < 0).any()):
+            explain_no_numbers(self.model)
 
     def spread(self, copies: int) -> None:
         """Make each row `copies` rows side by side, which share the encoder's output."""
@@ -123,6 +143,11 @@ def next_logits(model: Reader, ids_BT: Tensor, mask_BT: Tensor | None, cache: Ca
     if not bool(logits_BV.isfinite().all()):
         explain_no_numbers(model)
     return logits_BV
+
+
+def _likeliest(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
+    chosen_B = logits_BV.argmax(dim=-1)
+    return chosen_B, logits_BV.log_softmax(dim=-1).gather(1, chosen_B[:, None])[:, 0]
 
 
 def explain_no_numbers(model: Reader) -> None:

@@ -75,18 +75,16 @@ def tokens(task: Task) -> Iterator[Step]:
     u_BN = numbers(settings, n_prompts, task.max_new, device, copies=copies) if settings.do_sample else None
     at, filters = task.history(copies), pipeline(settings)
     ends = torch.tensor(settings.eos_token_id, dtype=torch.long, device=device)
+    if u_BN is None and not filters and task.watch is None:
+        yield from _likeliest(task, ends)
+        return
     ended_B = torch.zeros(n_prompts * copies, dtype=torch.bool, device=device)
-    # Where nothing stands between the logits and the choice, what reads the tokens chooses as well.
-    plain = u_BN is None and not filters and task.watch is None
     chosen_B: Tensor | None = None  # before the first step there is the prompt to read
     for step in range(task.max_new):
-        if plain:
-            chosen_B, log_probs_B = (_copied(each, chosen_B, copies) for each in rows.likeliest(chosen_B))
-        else:
-            read_BV = rows.prefill() if chosen_B is None else rows.step(chosen_B)
-            logits_BV = _copied(read_BV, chosen_B, copies)
-            chosen_B = _choose(task, filters, at, step, logits_BV, None if u_BN is None else u_BN[:, step], ended_B)
-            log_probs_B = logits_BV.log_softmax(dim=-1).gather(1, chosen_B[:, None])[:, 0]
+        read_BV = rows.prefill() if chosen_B is None else rows.step(chosen_B)
+        logits_BV = _copied(read_BV, copies) if chosen_B is None else read_BV
+        chosen_B = _choose(task, filters, at, step, logits_BV, None if u_BN is None else u_BN[:, step], ended_B)
+        log_probs_B = logits_BV.log_softmax(dim=-1).gather(1, chosen_B[:, None])[:, 0]
         if step == 0:
             rows.spread(copies)
         chosen_B = chosen_B.masked_fill(ended_B, settings.filler)
@@ -100,9 +98,32 @@ def tokens(task: Task) -> Iterator[Step]:
             return
 
 
-def _copied(found: Tensor, before_B: Tensor | None, copies: int) -> Tensor:
-    """What was found of each prompt, for each of its rows; later there is a row for each already."""
-    return found.repeat_interleave(copies, dim=0) if before_B is None and copies > 1 else found
+def _likeliest(task: Task, ends: Tensor) -> Iterator[Step]:
+    """`tokens` where nothing stands between the logits and the choice: what reads the tokens chooses as well.
+
+    It may take several steps at a time, but for texts that end a row, which are looked for after each.
+    """
+    rows, stops, filler = task.rows, task.stops, task.settings.filler
+    at = task.history(task.settings.num_return_sequences)
+    tokens_B, log_probs_B = (_copied(each, task.settings.num_return_sequences) for each in rows.likeliest())
+    rows.spread(task.settings.num_return_sequences)
+    taken = tokens_B[None], log_probs_B[None], torch.isin(tokens_B, ends)[None]
+    left = task.max_new
+    while True:
+        for tokens_B, log_probs_B, ended_B in zip(*taken):
+            if stops is not None:
+                at.append(tokens_B)
+                ended_B = ended_B | stops.ends(at.ids_BT, at.pads_B)
+            yield Step(tokens_B, log_probs_B, ended_B)
+        left -= len(taken[0])
+        if left == 0 or bool(ended_B.all()):
+            return
+        taken = rows.go_on(tokens_B, ended_B, most=left if stops is None else 1, ends=ends, filler=filler)
+
+
+def _copied(found: Tensor, copies: int) -> Tensor:
+    """What was found of each prompt, for each of its rows."""
+    return found.repeat_interleave(copies, dim=0) if copies > 1 else found
 
 
 def _choose(

@@ -46,7 +46,7 @@ using namespace lathe;
 // What the library was made of; Python compares it with the sources and the structs that it has.
 LATHE_API const char* lathe_fingerprint() { return LATHE_FINGERPRINT; }
 LATHE_API int lathe_sizes(int which) {
-    const int sizes[] = {sizeof(Op), sizeof(Linear), sizeof(Norm), sizeof(Spec), sizeof(Call)};
+    const int sizes[] = {sizeof(Op), sizeof(Linear), sizeof(Norm), sizeof(Spec), sizeof(Call), sizeof(Steps)};
     return sizes[which];
 }
 
@@ -67,6 +67,16 @@ LATHE_API void lathe_free(void* program) { delete static_cast<Program*>(program)
 LATHE_API int lathe_run(void* program, const Call* call, int reads_memory) {
     try {
         static_cast<Program*>(program)->run(*call, reads_memory != 0);
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+// The same of several steps.
+LATHE_API int lathe_go_on(void* program, const Call* call, Steps* steps) {
+    try {
+        static_cast<Program*>(program)->go_on(*call, *steps);
         return 0;
     } catch (const std::bad_alloc&) {
         return 1;

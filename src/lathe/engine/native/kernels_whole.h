@@ -177,7 +177,9 @@ INLINE void nibble_rows(float* tile, const Rounded& x, int row, const uint8_t* p
                 const vi first = four_bytes(values + m * x.stride + k), second = four_bytes(values + m * x.stride + k + 4);
 #pragma GCC unroll 16
                 for (int n = 0; n < kPanelVectors; ++n)
-                    sums[m][n] = add_products(sums[m][n], low[n], first) + add_products(vi{}, high[n], second);
+                    // With few rows the second product does not wait for the first.
+                    sums[m][n] = M < 4 ? add_products(sums[m][n], low[n], first) + add_products(vi{}, high[n], second)
+                                       : add_products(add_products(sums[m][n], low[n], first), high[n], second);
             }
         }
 #pragma GCC unroll 16

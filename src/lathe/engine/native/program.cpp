@@ -1,6 +1,7 @@
 #include "program.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -167,6 +168,35 @@ void Program::run(const Call& call, bool reads_memory) {
     lay_out(call, reads_memory);
     Pool::shared().run(
         threads_, [](void* self, int thread) { static_cast<Program*>(self)->work(thread); }, this);
+}
+
+void Program::go_on(Call call, Steps& steps) {
+    const auto begun = std::chrono::steady_clock::now();
+    const std::chrono::nanoseconds budget(steps.nanoseconds);
+    const size_t batch = (size_t)call.batch;
+    std::vector<int64_t> lengths(call.lengths, call.lengths + batch);
+    call.lengths = lengths.data();
+    steps.done = 0;
+    for (bool more = true; more;) {
+        const size_t at = (size_t)steps.done * batch;
+        call.ids = steps.tokens + at;
+        call.chosen = steps.tokens + at + batch;
+        call.log_probabilities = steps.log_probabilities + at;
+        run(call, false);
+        bool all_ended = true, broken = false;
+        for (size_t b = 0; b < batch; ++b) {
+            int64_t& token = call.chosen[b];
+            broken = broken || token < 0;
+            bool ended = steps.ended[at + b] != 0;
+            if (ended) token = steps.filler, call.log_probabilities[b] = 0;
+            ended = ended || std::find(steps.ends, steps.ends + steps.n_ends, token) != steps.ends + steps.n_ends;
+            steps.ended[at + batch + b] = ended;
+            all_ended = all_ended && ended;
+            ++lengths[b];
+        }
+        if (broken) call.chosen[0] = -1;
+        more = ++steps.done < steps.most && !all_ended && !broken && std::chrono::steady_clock::now() - begun < budget;
+    }
 }
 
 void Program::work(int thread) {

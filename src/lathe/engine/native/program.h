@@ -98,6 +98,19 @@ struct Call {
     float* hidden;             // tokens × width; null: not wanted
 };
 
+// Several steps of one token a row: each reads what the one before chose.
+struct Steps {
+    int32_t most;              // how many at most
+    int32_t n_ends;
+    int64_t nanoseconds;       // no new step begins after so long
+    const int64_t* ends;       // tokens that end a row
+    int64_t filler;            // what a row that has ended goes on with
+    uint8_t* ended;            // batch: rows that ended before; then (step + 1) × batch: after each step
+    int64_t* tokens;           // batch: the first ones to read; then what each step chose; -1: a logit is no number
+    float* log_probabilities;  // steps × batch
+    int32_t done;              // steps that were taken, the one that met a -1 counted
+};
+
 struct Spec {
     const Op* ops;
     int32_t n_ops;             // up to where results begin
@@ -120,6 +133,9 @@ public:
     Program(const Spec& spec, const Kernels* kernels);
     ~Program();
     void run(const Call& call, bool reads_memory);
+    // `call` is for the first step, with a place for the chosen of one; whatever it holds of tokens and lengths is
+    // the caller's and stays.
+    void go_on(Call call, Steps& steps);
 
 private:
     struct Workspace;
