@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import lathe
 from lathe.architecture import Architecture
-from lathe.engine import Engine, native
+from lathe.engine import Engine, native, pack
 from lathe.engine.engine import PRECISIONS
 from lathe.model.transformer import Transformer
 from lathe.quantization.nearest import choose_grid, nearest
@@ -103,6 +103,32 @@ def test_a_float_model_is_packed_to_a_precision(precision: str, most: float, row
         found.append(logits)
     for each in found[1:]:
         assert distance(each, found[0]) < most / 4
+
+
+def test_int4_rounds_to_the_nearest_code_of_each_group() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight_OI = torch.randn(45, 75, generator=generator)
+    weight_OI[7, 32:64] = 0
+    made, held = pack.matrix(weight_OI, None, "int4", 1)
+    codes_OI, scales_OG = _unpacked(held[0], made.outputs, made.inputs), _by_output(held[1], made.outputs)
+    wide_OGI = torch.nn.functional.pad(weight_OI, (0, 21)).view(45, 3, 32)
+    peak_OG = wide_OGI.gather(2, wide_OGI.abs().argmax(2, keepdim=True))[..., 0]
+    assert torch.equal(scales_OG, (peak_OG / -8).bfloat16())
+    inverse_OG1 = torch.where(scales_OG == 0, 1.0, 1 / scales_OG.float())[..., None]
+    nearest_OI = (wide_OGI * inverse_OG1).round().clamp(-8, 7).flatten(1)[:, :75]
+    assert torch.equal(codes_OI, nearest_OI)
+
+
+def _unpacked(panels: torch.Tensor, outputs: int, inputs: int) -> torch.Tensor:
+    """The codes of packed nibbles, O × I, as `kernels_whole.h` lays them down."""
+    words_PKO4 = panels.view(-(-outputs // 32), -(-inputs // 8), 32, 4)
+    both = torch.stack([words_PKO4 & 15, words_PKO4 >> 4], dim=3).float() - 8
+    return both.permute(0, 2, 1, 3, 4).reshape(-1, 8 * (-(-inputs // 8)))[:outputs, :inputs]
+
+
+def _by_output(scales: torch.Tensor, outputs: int) -> torch.Tensor:
+    panels = -(-outputs // 32)
+    return scales.view(panels, -1, 32).transpose(1, 2).reshape(panels * 32, -1)[:outputs]
 
 
 def test_a_packed_step_reads_fewer_bytes() -> None:

@@ -32,6 +32,7 @@ class Linear(ctypes.Structure):
         ("scales", c_void_p),
         ("zeros", c_void_p),
         ("bias", c_void_p),
+        ("short_scales", c_void_p),
     ]
 
 

@@ -50,16 +50,17 @@ def library() -> ctypes.CDLL:
     found.lathe_go_on.argtypes = [ctypes.c_void_p, ctypes.POINTER(Call), ctypes.POINTER(Steps)]
     found.lathe_advise.restype = None
     found.lathe_advise.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    found.lathe_pack_bytes.restype = None
-    found.lathe_pack_bytes.argtypes = [
-        ctypes.c_void_p,
-        ctypes.c_int64,
-        ctypes.c_int,
-        ctypes.c_int,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_int,
-    ]
+    for pack in (found.lathe_pack_bytes, found.lathe_pack_nibbles):
+        pack.restype = None
+        pack.argtypes = [
+            ctypes.c_void_p,
+            ctypes.c_int64,
+            ctypes.c_int,
+            ctypes.c_int,
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            ctypes.c_int,
+        ]
     return found
 
 

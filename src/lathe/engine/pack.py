@@ -7,7 +7,7 @@ of 4 bits stand two to a byte, an input and the one four after it.
 A quantised layer (`lathe.model.quantized`) keeps its codes, and what is said about its inputs: with int8 activations
 they are rounded as it rounds them, without they are taken as they are and each panel is made numbers again on its way
 through the cache. A float layer is quantised here where a precision asks for it: int8 with a scale an output, int4
-with one for 32 weights that stand beside each other; both with int8 activations.
+with one (a bfloat16) for 32 weights that stand beside each other; both with int8 activations.
 
 Shape suffixes: O outputs, I inputs, G groups, P panels, K steps of inputs.
 """
@@ -74,7 +74,7 @@ def matrix(weight_OI: Tensor, bias_O: Tensor | None, precision: str, threads: in
         return _filled(made, weight_OI, None, None, bias_O)
     if precision == "int8":
         return _bytes_of(weight_OI, bias_O, threads)
-    return _nibbles_of(weight_OI, bias_O)
+    return _nibbles_of(weight_OI, bias_O, threads)
 
 
 def quantized(layer: Quantized, bias_O: Tensor | None) -> tuple[Linear, list[Tensor]]:
@@ -107,16 +107,19 @@ def _bytes_of(weight_OI: Tensor, bias_O: Tensor | None, threads: int) -> tuple[L
     return _filled(Linear(layout.BYTE, outputs, inputs, inputs, 0), codes, scales, None, bias_O)
 
 
-def _nibbles_of(weight_OI: Tensor, bias_O: Tensor | None) -> tuple[Linear, list[Tensor]]:
+def _nibbles_of(weight_OI: Tensor, bias_O: Tensor | None, threads: int) -> tuple[Linear, list[Tensor]]:
     """A float matrix as int4: in each group the number of largest magnitude becomes -8."""
     outputs, inputs = weight_OI.shape
-    wide_OGI = F.pad(weight_OI, (0, -inputs % _GROUP)).view(outputs, -1, _GROUP)
-    low_OG, high_OG = wide_OGI.aminmax(dim=2)
-    scales_OG = torch.where(-low_OG > high_OG, low_OG, high_OG) / -8
-    inverses_OG1 = torch.where(scales_OG == 0, torch.ones_like(scales_OG), scales_OG).reciprocal_()[..., None]
-    codes_OI = (wide_OGI * inverses_OG1).round_().clamp_(-8, 7).to(torch.int8).flatten(1)[:, :inputs].contiguous()
+    panels = -(-outputs // PANEL)
+    codes = empty_bytes(panels * -(-inputs // _NIBBLES) * PANEL * 4)
+    scales = torch.empty(panels * -(-inputs // _GROUP) * PANEL, dtype=torch.bfloat16)
+    native.library().lathe_pack_nibbles(
+        weight_OI.data_ptr(), weight_OI.stride(0), outputs, inputs, codes.data_ptr(), scales.data_ptr(), threads
+    )
     made = Linear(layout.NIBBLE, outputs, inputs, _GROUP, 0)
-    return _filled(made, _panels(codes_OI, 4), _by_panel(scales_OG), None, bias_O)
+    made.short_scales = scales.data_ptr()
+    made, held = _filled(made, codes, None, None, bias_O)
+    return made, [*held, scales]
 
 
 def _panels(codes_OI: Tensor, bits: int) -> Tensor:

@@ -16,7 +16,17 @@ from lathe.model.norm import make_norm
 from lathe.model.positions import sinusoid
 
 
-class TokenTable(nn.Embedding):
+class Table(nn.Embedding):
+    """Vectors by number. None are drawn here: `initialise` draws them, or a checkpoint has them.
+
+    (PyTorch's own draw, of a module that has no memory yet, imports its compiler: two seconds.)
+    """
+
+    def reset_parameters(self) -> None:
+        """Leave them as they are."""
+
+
+class TokenTable(Table):
     """The token table, read by row on the way in and, when tied, by column on the way out."""
 
     @property
@@ -57,9 +67,9 @@ class StackInput(nn.Module):
         self.positions: nn.Embedding | None = None
         if spec.kind == "learned":
             assert spec.max_positions is not None
-            self.positions = nn.Embedding(spec.max_positions + spec.offset, width)
+            self.positions = Table(spec.max_positions + spec.offset, width)
         types = architecture.embedding.token_types if first else 0
-        self.token_types = nn.Embedding(types, width) if types else None
+        self.token_types = Table(types, width) if types else None
         self.norm = make_norm(stack.norm, width) if stack.input_norm else None
         self.dropout = nn.Dropout(architecture.dropout.embedding)
 

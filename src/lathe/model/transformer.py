@@ -49,8 +49,9 @@ class Transformer(nn.Module):
             self.encoder = _stack(architecture, "encoder", first)
             self.decoder = _stack(architecture, "decoder", first)
             self.head = Head(architecture, list(stacks.values())[-1])
-        self.to(dtype=dtype or torch.float32)
-        self.to_empty(device=device or "cpu")
+        # Not `to_empty`: what it asks of tensors that have no memory yet imports SymPy, for a second.
+        made, place = dtype or torch.float32, device or "cpu"
+        self._apply(lambda tensor: torch.empty(tensor.shape, dtype=made, device=place))
         if seed is not None:
             initialise(self, architecture, seed)
 

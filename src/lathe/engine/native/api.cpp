@@ -100,24 +100,45 @@ struct Packing {
     int64_t stride;
     int outputs, inputs, threads;
     uint8_t* to;
-    float* scales;
+    void* scales;
 };
+
+void bytes_of(const Packing& job, int panel, int columns) {
+    const int64_t bytes = (int64_t)((job.inputs + 3) / 4) * kPanel * 4;
+    job.set->pack_byte(job.to + panel * bytes, (float*)job.scales + panel * kPanel,
+                       job.from + (int64_t)panel * kPanel * job.stride, job.stride, columns, job.inputs);
+}
+
+void nibbles_of(const Packing& job, int panel, int columns) {
+    const int64_t bytes = (int64_t)((job.inputs + 7) / 8) * kPanel * 4, groups = (job.inputs + 31) / 32;
+    job.set->pack_nibble(job.to + panel * bytes, (uint16_t*)job.scales + panel * groups * kPanel,
+                         job.from + (int64_t)panel * kPanel * job.stride, job.stride, columns, job.inputs);
+}
+
+// Panels of a matrix, shared out among threads.
+template <void (*PACK)(const Packing&, int, int)>
+void pack_panels(Packing& job) {
+    Pool::shared().run(
+        job.threads,
+        [](void* argument, int thread) {
+            const Packing& job = *static_cast<Packing*>(argument);
+            for (int panel = thread; panel * kPanel < job.outputs; panel += job.threads)
+                PACK(job, panel, job.outputs - panel * kPanel < kPanel ? job.outputs - panel * kPanel : kPanel);
+        },
+        &job);
+}
 }  // namespace
 
 // A float matrix (rows `stride` apart) to panels of bytes; `scales` has whole panels.
 LATHE_API void lathe_pack_bytes(const float* from, int64_t stride, int outputs, int inputs, uint8_t* to, float* scales,
                                 int threads) {
     Packing job{best_kernels(nullptr), from, stride, outputs, inputs, threads, to, scales};
-    Pool::shared().run(
-        threads,
-        [](void* argument, int thread) {
-            const Packing& job = *static_cast<Packing*>(argument);
-            const int64_t bytes = (int64_t)((job.inputs + 3) / 4) * kPanel * 4;
-            for (int panel = thread; panel * kPanel < job.outputs; panel += job.threads) {
-                const int columns = job.outputs - panel * kPanel < kPanel ? job.outputs - panel * kPanel : kPanel;
-                job.set->pack_byte(job.to + panel * bytes, job.scales + panel * kPanel,
-                                   job.from + (int64_t)panel * kPanel * job.stride, job.stride, columns, job.inputs);
-            }
-        },
-        &job);
+    pack_panels<bytes_of>(job);
+}
+
+// The same to nibbles in groups of 32 inputs; `scales` are bfloat16, for each panel groups × 32.
+LATHE_API void lathe_pack_nibbles(const float* from, int64_t stride, int outputs, int inputs, uint8_t* to,
+                                  uint16_t* scales, int threads) {
+    Packing job{best_kernels(nullptr), from, stride, outputs, inputs, threads, to, scales};
+    pack_panels<nibbles_of>(job);
 }

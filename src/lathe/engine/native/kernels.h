@@ -30,6 +30,7 @@ struct Linear {
     const float* scales;  // of codes: panels × groups × 32, so that they are read in order
     const float* zeros;   // the same: what is taken from the stored codes; null where x is rounded: 128, of nibbles 8
     const float* bias;    // outputs, or null
+    const uint16_t* short_scales;  // of nibbles that were packed here: scales as bfloat16; null where `scales` has them
 };
 
 struct Norm {
@@ -113,6 +114,8 @@ struct Kernels {
 
     // For packing: one panel of weights, rounded by their largest magnitude; scales: kPanel of them.
     void (*pack_byte)(uint8_t* panel, float* scales, const float* w, long stride, int columns, int inputs);
+    // The same to four bits, by groups of 32 inputs; in each the number of largest magnitude becomes -8.
+    void (*pack_nibble)(uint8_t* panel, uint16_t* scales, const float* w, long stride, int columns, int inputs);
 };
 
 const Kernels* best_kernels(const char* name);  // null: the best that this machine runs; else that one, or null

@@ -7,5 +7,5 @@
     const Kernels kernels_##set = {                                                                 \
         #set,   multiply_float, pack_float, multiply_packed, multiply_byte, multiply_nibble, unpack, \
         finish, normalise,      round_row,  rotate,          attend,        choose,          scale_add, \
-        pack_byte};                                                                                 \
+        pack_byte, pack_nibble};                                                                    \
     }

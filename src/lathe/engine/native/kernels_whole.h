@@ -143,11 +143,31 @@ void multiply_byte(float* tile, const Rounded& x, int row, int rows, const Linea
     }
 }
 
+// Sixteen (or eight, or four) bfloat16 numbers: the upper halves of float32.
+INLINE vf load_short(const uint16_t* p) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__)
+    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
+    vi wide{};
+    for (int lane = 0; lane < L; ++lane) wide[lane] = (int32_t)((uint32_t)p[lane] << 16);
+    return (vf)wide;
+#endif
+}
+
 // Eight inputs of an output stand in 32 bits: input j in the low half of byte j, input 4 + j in its high half.
 // Each group has its own scale and zero: Σ_groups scale · (Σ code · x − zero · Σ x).
-template <int M>
-INLINE void nibble_rows(float* tile, const Rounded& x, int row, const uint8_t* panel, const float* scales,
+template <int M, typename Scale>
+INLINE void nibble_rows(float* tile, const Rounded& x, int row, const uint8_t* panel, const Scale* scales,
                         const float* zeros, int inputs, int group) {
+    constexpr bool is_short = sizeof(Scale) == 2;
+    const auto scale_at = [](const Scale* p) __attribute__((always_inline)) {
+        if constexpr (is_short)
+            return load_short(p);
+        else
+            return load(p);
+    };
     vf totals[M][kPanelVectors];
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
@@ -187,7 +207,7 @@ INLINE void nibble_rows(float* tile, const Rounded& x, int row, const uint8_t* p
             const vf of_x = all((float)x.sums[(long)(row + m) * groups + g]);
 #pragma GCC unroll 16
             for (int n = 0; n < kPanelVectors; ++n)
-                totals[m][n] += load(scales + g * kPanel + n * L) *
+                totals[m][n] += scale_at(scales + g * kPanel + n * L) *
                                 (as_float(sums[m][n]) - (zeros ? load(zeros + g * kPanel + n * L) : all(8.0f)) * of_x);
         }
     }
@@ -198,11 +218,9 @@ INLINE void nibble_rows(float* tile, const Rounded& x, int row, const uint8_t* p
             store(tile + m * kPanel + n * L, totals[m][n] * all(x.scales[row + m]));
 }
 
-void multiply_nibble(float* tile, const Rounded& x, int row, int rows, const Linear& w, int panel) {
-    const long steps = (w.inputs + 7) / 8, groups = (w.inputs + w.group - 1) / w.group;
-    const uint8_t* codes = (const uint8_t*)w.weight + panel * steps * (kPanel * 4);
-    const float* scales = w.scales + panel * groups * kPanel;
-    const float* zeros = w.zeros ? w.zeros + panel * groups * kPanel : nullptr;
+template <typename Scale>
+INLINE void nibble_block(float* tile, const Rounded& x, int row, int rows, const uint8_t* codes, const Scale* scales,
+                         const float* zeros, const Linear& w) {
     // Sums and totals share the registers, so a block is half as many rows as elsewhere.
     constexpr int most = kPackedRows / 2 > 0 ? kPackedRows / 2 : 1;
     for (int m = 0; m < rows;) {
@@ -220,6 +238,17 @@ void multiply_nibble(float* tile, const Rounded& x, int row, int rows, const Lin
         }
         m += count;
     }
+}
+
+void multiply_nibble(float* tile, const Rounded& x, int row, int rows, const Linear& w, int panel) {
+    const long steps = (w.inputs + 7) / 8, groups = (w.inputs + w.group - 1) / w.group;
+    const uint8_t* codes = (const uint8_t*)w.weight + panel * steps * (kPanel * 4);
+    const long first = panel * groups * kPanel;
+    const float* zeros = w.zeros ? w.zeros + first : nullptr;
+    if (w.short_scales)
+        nibble_block(tile, x, row, rows, codes, w.short_scales + first, zeros, w);
+    else
+        nibble_block(tile, x, row, rows, codes, w.scales + first, zeros, w);
 }
 
 // A row to whole numbers in -128 … 127 by its largest magnitude, which is 127.5 of them, as `QuantizedLinear` rounds;
@@ -247,8 +276,14 @@ void round_row(const Rounded& to, int row, const float* x, int width, int group)
     const int each = group, groups = (width + each - 1) / each;
     for (int g = 0; g < groups; ++g) {
         const int end = (g + 1) * each < width ? (g + 1) * each : width;
+        int k = g * each;
         int32_t total = 0;
-        for (int k = g * each; k < end; ++k) total += out[k];
+#if defined(__AVX512VNNI__)
+        __m512i fours = _mm512_setzero_si512();
+        for (; k + 64 <= end; k += 64) fours = _mm512_dpbusd_epi32(fours, _mm512_set1_epi8(1), _mm512_loadu_si512(out + k));
+        total = _mm512_reduce_add_epi32(fours);
+#endif
+        for (; k < end; ++k) total += out[k];
         to.sums[(long)row * groups + g] = total;
     }
 }
@@ -301,6 +336,45 @@ void pack_byte(uint8_t* panel, float* scales, const float* w, long stride, int c
         }
         for (int k = inputs; k < padded; ++k) out[(long)(k / 4) * (kPanel * 4) + k % 4] = 128;
     }
+}
+
+
+constexpr int kNibbleGroup = 32;
+
+void pack_nibble(uint8_t* panel, uint16_t* scales, const float* w, long stride, int columns, int inputs) {
+    const int groups = (inputs + kNibbleGroup - 1) / kNibbleGroup, padded = (inputs + 7) / 8 * 8;
+    for (int n = 0; n < kPanel; ++n)
+        for (int g = 0; g < groups; ++g) {
+            const int start = g * kNibbleGroup, count = inputs - start < kNibbleGroup ? inputs - start : kNibbleGroup;
+            float x[kNibbleGroup] = {}, low = 0, high = 0, broken = 0;
+            if (n < columns) memcpy(x, w + n * stride + start, (size_t)count * sizeof(float));
+            for (int i = 0; i < kNibbleGroup; ++i) {
+                low = x[i] < low ? x[i] : low;
+                high = x[i] > high ? x[i] : high;
+                broken += x[i] - x[i];  // 0, but NaN of what is no number or has no end
+            }
+            float scale = (-low > high ? low : high) / -8.0f + broken;
+            int32_t bits;
+            memcpy(&bits, &scale, sizeof bits);
+            // To the nearest number of 16 bits; the codes are of that scale.
+            const uint16_t kept = scale == scale ? (uint16_t)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) : 0x7FC0;
+            bits = (int32_t)((uint32_t)kept << 16);
+            memcpy(&scale, &bits, sizeof bits);
+            scales[(long)g * kPanel + n] = kept;
+            const vf by = all(scale == 0 ? 0.0f : 1.0f / scale), rounder = all(12582912.0f);
+            uint8_t codes[kNibbleGroup];
+            for (int i = 0; i < kNibbleGroup; i += L) {
+                const vf near = larger(all(-8.0f), smaller(all(7.0f), load(x + i) * by));
+                const vi whole = (vi)(near + rounder) - (vi)rounder + 8;
+                for (int lane = 0; lane < L; ++lane) codes[i + lane] = (uint8_t)whole[lane];
+            }
+            for (int i = 0; i < kNibbleGroup && start + i < padded; i += 8) {
+                uint32_t first, second;
+                memcpy(&first, codes + i, 4), memcpy(&second, codes + i + 4, 4);
+                const uint32_t both = first | second << 4;
+                memcpy(panel + (long)((start + i) / 8) * (kPanel * 4) + n * 4, &both, 4);
+            }
+        }
 }
 
 }  // namespace
