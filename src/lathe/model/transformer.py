@@ -51,7 +51,7 @@ class Transformer(nn.Module):
             self.head = Head(architecture, list(stacks.values())[-1])
         # Not `to_empty`: what it asks of tensors that have no memory yet imports SymPy, for a second.
         made, place = dtype or torch.float32, device or "cpu"
-        self._apply(lambda tensor: torch.empty(tensor.shape, dtype=made, device=place))
+        self._apply(lambda tensor: torch.empty(tensor.shape, dtype=made, device=place))  # type: ignore[no-untyped-call]
         if seed is not None:
             initialise(self, architecture, seed)
 
