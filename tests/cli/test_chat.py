@@ -71,6 +71,19 @@ def test_reset_forgets_and_a_full_history_is_said(
     assert "within the model's 90 positions" in ran.err
 
 
+def test_the_modules_and_the_native_step_answer_alike(
+    cli, gpt2: Path, template: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for engine in ("torch", "native"):
+        stdin(monkeypatch, b"the fox\nthe dog\n")
+        ran = cli("chat", gpt2, "--template", template, "--max-new-tokens", "6", "--engine", engine, "--json")
+        assert ran.code == 0
+        found.append(ran.out)
+    assert found[0] == found[1]
+    assert len(found[0].splitlines()) == 2
+
+
 @pytest.mark.parametrize(
     ("words", "content", "says"),
     [
@@ -81,6 +94,7 @@ def test_reset_forgets_and_a_full_history_is_said(
         (("--template", "vicuna", "num_beams=2"), b"the fox\n", "num_beams=2: a chat has one answer at a time"),
         (("--template", "{{ messages[-1].content }}"), b"the fox\xff\n", "stdin is not UTF-8: line 1 holds the byte"),
         (("--template", "{{ messages[-1].content }}", "--temperature", "0"), b"x\n", "temperature=0.0: expected"),
+        (("--template", "vicuna", "--engine", "fast"), b"the fox\n", "engine='fast': expected auto, native, torch"),
     ],
 )
 def test_what_cannot_be_is_one_line(

@@ -42,6 +42,9 @@ def command(
     seed: Annotated[int | None, typer.Option(help="The same seed and messages give the same answers.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="Put this adapter on the model: its directory.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the CPU unless given.")] = None,
+    engine: Annotated[
+        str, typer.Option(help="What computes: native (compiled, CPU), torch, or auto; the tokens are the same.")
+    ] = "auto",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object for each answer, a line each.")
     ] = False,
@@ -57,7 +60,7 @@ def command(
         "top_p": top_p,
         "seed": seed,
     }
-    chat = _open(model, adapter, device, template, system, _settings(words or [], options))
+    chat = _open(model, adapter, device, template, system, engine, _settings(words or [], options))
     if sys.stdin.isatty():
         _converse(chat, model, as_json)
     else:
@@ -67,7 +70,13 @@ def command(
 
 
 def _open(
-    name: str, adapter: Path | None, device: str | None, template: str | None, system: str | None, asked: dict[str, Any]
+    name: str,
+    adapter: Path | None,
+    device: str | None,
+    template: str | None,
+    system: str | None,
+    engine: str,
+    asked: dict[str, Any],
 ) -> Chat:
     import secrets
 
@@ -88,7 +97,8 @@ def _open(
         wanted = ", ".join(f"{key}={model.generation[key]}" for key in off)
         say(f"the model asks for {wanted}, which a chat does not do; going on without")
     settings = {"seed": secrets.randbits(32), **off, **asked}
-    return Chat(model, model.tokenizer, template=source, system=system, stored=model.generation, **settings)
+    common: dict[str, Any] = {"template": source, "system": system, "stored": model.generation, "engine": engine}
+    return Chat(model, model.tokenizer, **common, **settings)
 
 
 def _source(template: str | None) -> str | None:

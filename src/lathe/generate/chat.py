@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from lathe.engine import Engine
+from lathe.engine.choose import reader
 from lathe.errors import RequestError
 from lathe.generate.decode import steps
 from lathe.generate.settings import Settings
@@ -45,6 +47,7 @@ class Chat:
         template: as for `Tokenizer.chat_template`.
         system: what stands in front of the conversation and is never forgotten.
         stored: the settings that came with the model.
+        engine: what computes, as for `lathe.generate.generate`.
         settings: as for `lathe.generate.generate`, one sequence and no beams. `max_new_tokens` is what an answer may
             have at most (512, or half of the model's positions if that is less); a `seed` is the first answer's, and
             the next answer's is one more.
@@ -75,18 +78,20 @@ class Chat:
         template: str | None = None,
         system: str | None = None,
         stored: Mapping[str, Any] | None = None,
+        engine: str | Engine = "auto",
         **settings: Any,
     ) -> None:
         decoder = model.architecture.decoder
         if decoder is None or model.architecture.head.language is None:
             raise RequestError("this model does not write text and cannot chat; expected one with a language head")
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self._engine = model, tokenizer, engine
+        reader(model, engine)  # refuses what is no engine before anything is said
         self.source = tokenizer.chat_template(template)
         self.system: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
         self.turns: list[tuple[str, str]] = []
         self.answers = 0
-        reader = decoder if model.architecture.encoder is None else model.architecture.encoder
-        self.positions = reader.positions.max_positions
+        reads = decoder if model.architecture.encoder is None else model.architecture.encoder
+        self.positions = reads.positions.max_positions
         self.max_new = _longest_answer(settings, stored or {}, self.positions)
         self._settings = {**settings, "max_new_tokens": self.max_new}
         self._stored = dict(stored or {})
@@ -177,6 +182,7 @@ class Chat:
             torch.ones_like(ids_1T),
             stored=self._stored,
             tokenizer=self.tokenizer,
+            engine=self._engine,
             **{**self._settings, **seeded},
         )
 
