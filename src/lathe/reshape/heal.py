@@ -1,8 +1,12 @@
 """Healing: a cut model learns from its parent for a while, and gets back most of what it lost.
 
-The parent's whole distribution and the text's own labels are the loss (`lathe.train.Distillation`); the objective is
-the one that the model was trained with. A run lies in a directory and can be killed at any instant: called again, it
-goes on where the last checkpoint is (`lathe.train.fit`).
+The parent's whole distribution is the loss (`lathe.train.Distillation`), and the text's own labels as far as `weight`
+leaves them a share. By default it leaves none, as in Minitron (Muralidharan et al. 2024): the cut model has to find
+again what its parent knows, and beside that what the labels of a short text say is mostly noise (docs/results.md has
+the measurement). The objective, which says what both are asked, is the one that the model was trained with.
+
+A run lies in a directory and can be killed at any instant: called again, it goes on where the last checkpoint is
+(`lathe.train.fit`).
 """
 
 from __future__ import annotations
@@ -36,8 +40,8 @@ class HealSettings(Spec):
     format: str | None = None  # by the file's name
     steps: int | None = size(2**40, default=None)  # 200, where neither steps nor tokens are given
     tokens: int | None = size(2**60, default=None)  # of all stages together, as are the steps
-    lr: float = 5e-4
-    weight: float = 0.5  # the parent's share of the loss, 0 to 1; the rest is the text's
+    lr: float = 1e-3
+    weight: float = 1.0  # the parent's share of the loss, 0 to 1; the rest is the text's
     temperature: float = 1.0
     top_k: int | None = size(2**24, default=None)  # compare only the parent's likeliest tokens
     hidden: float = 0.0  # the weight of the hidden states' difference
