@@ -118,7 +118,8 @@ def _turn(worker: Worker, shape: Shape, task: Task, first_time: bool) -> float:
         return task.batch * task.length / _seconds(worker.ask("generate", prompts=rows, new=1))
     # The first time the warm-up is as long as the call that counts: a compiled step can be for one length only.
     worker.ask("generate", prompts=rows, new=task.new if first_time else min(task.new, 16))
-    first = _seconds(worker.ask("generate", prompts=rows, new=1))
+    # The quickest of three: a first token that was slow by chance would make the others look quick.
+    first = _seconds(worker.ask("generate", prompts=rows, new=1, repeats=3))
     whole = _seconds(worker.ask("generate", prompts=rows, new=task.new))
     return task.batch * (task.new - 1) / max(whole - first, 1e-9)
 
