@@ -39,7 +39,7 @@ def main() -> None:
         cut = _cut(parent, size, fitted)
         found = [ledger.once(f"{size} cut", parent.perplexity, cut)]
         for tokens in budgets.values():
-            found.append(ledger.once(f"{size} healed {tokens}", _healed, parent, cut, tokens, given.lr, given.out))
+            found.append(ledger.once(f"{size} healed {tokens}", _healed, parent, cut, tokens, given))
         for tokens in [*budgets.values(), *([parent.tokens] if given.whole else [])]:
             found.append(ledger.once(f"{size} new {tokens}", _new, parent, size, tokens, given.out))
         cells = [f"{100 * share:g} % ({size})", f"{parameters_of(cut):,}", *(f"{each / whole:.3f}" for each in found)]
@@ -60,12 +60,12 @@ def _cut(parent: Parent, size: int, fitted: list[Batch]) -> lathe.Model:
     return lathe.resize(parent.model, d_model=size, calibrate=[batch.inputs for batch in fitted], own_form=True)
 
 
-def _healed(parent: Parent, cut: lathe.Model, tokens: int, lr: float, out: Path) -> float:
+def _healed(parent: Parent, cut: lathe.Model, tokens: int, given: argparse.Namespace) -> float:
     name = f"{cut.architecture.d_model}-healed-{tokens}"
     tensors = {key: tensor.clone() for key, tensor in cut.tensors().items()}  # the cut itself stays as it is
     model = lathe.Model(cut.architecture, tensors, tokenizer=parent.model.tokenizer)
-    settings = HealSettings(file="the run's own", tokens=tokens, lr=lr, save_every=200)
-    heal(model, parent.model, parent.batches(), settings, out / name)
+    settings = HealSettings(file="the run's own", tokens=tokens, lr=given.lr, weight=given.weight, save_every=200)
+    heal(model, parent.model, parent.batches(), settings, given.out / name)
     return parent.perplexity(model)
 
 
@@ -88,6 +88,7 @@ def _words() -> argparse.Namespace:
     words.add_argument("--shares", type=_numbers, default=[0.75, 0.5])
     words.add_argument("--heal", type=_numbers, default=[0.05, 0.2], help="shares of the parent's training tokens")
     words.add_argument("--lr", type=float, default=1e-3, help="of the healing")
+    words.add_argument("--weight", type=float, default=1.0, help="the parent's share of the healing's loss")
     words.add_argument("--whole", action="store_true", help="also train each size on the parent's whole budget")
     words.add_argument("--out", type=Path, required=True, help="where the runs, OUT.json and OUT.md are kept")
     return words.parse_args()
