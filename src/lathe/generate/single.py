@@ -73,11 +73,12 @@ def tokens(task: Task) -> Iterator[Step]:
     n_prompts, copies = len(rows.prompt.ids_BT), settings.num_return_sequences
     device = rows.model.device
     u_BN = numbers(settings, n_prompts, task.max_new, device, copies=copies) if settings.do_sample else None
-    at, filters = task.history(copies), pipeline(settings)
+    filters = pipeline(settings)
     ends = torch.tensor(settings.eos_token_id, dtype=torch.long, device=device)
     if u_BN is None and not filters and task.watch is None:
         yield from _likeliest(task, ends)
         return
+    at = task.history(copies)
     ended_B = torch.zeros(n_prompts * copies, dtype=torch.bool, device=device)
     chosen_B: Tensor | None = None  # before the first step there is the prompt to read
     for step in range(task.max_new):
