@@ -1,8 +1,8 @@
-"""Which of the two computes a model's passes: the native step or the modules.
+"""Which computes a model's passes: the native step, recorded steps or the modules.
 
 `auto` is the native step wherever it gives what the modules give: on the CPU, in float32 or with the model's own
-quantised layers. Where it cannot, the modules serve, and nothing is said: both are right. `native` says why, where it
-cannot; `torch` is the modules.
+quantised layers. On a GPU it records the modules' steps and replays them (`lathe.engine.graphs`). Where it cannot, the
+modules serve, and nothing is said: all are right. `native` says why, where it cannot; `torch` is the modules.
 
 A model's programs are made once and kept beside it. They are made anew when a weight has changed since, in place or
 for another tensor.
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lathe.engine.engine import Engine
+from lathe.engine.graphs import Graphs
 from lathe.engine.program import Programs
 from lathe.errors import RequestError
 from lathe.model.transformer import Transformer
@@ -25,8 +26,8 @@ log = logging.getLogger("lathe")
 
 ENGINES = ("auto", "native", "torch")
 
-Reader = Transformer | Engine
-"""What reads tokens: a model, or an engine in its place. Both are called alike and answer alike."""
+Reader = Transformer | Engine | Graphs
+"""What reads tokens: a model, or what stands in its place. All are called alike and answer alike."""
 
 _State = tuple[object, ...]
 _kept: weakref.WeakKeyDictionary[nn.Module, tuple[_State, Programs]] = weakref.WeakKeyDictionary()
@@ -51,6 +52,8 @@ def reader(model: Transformer, engine: str | Engine = "auto") -> Reader:
         raise RequestError(f"engine={engine!r}: expected {', '.join(ENGINES)}, or an Engine of the model")
     if engine == "torch":
         return model
+    if engine == "auto" and model.device.type == "cuda":
+        return model if _hooked(model) else Graphs(model)
     found = Engine(model, programs=_programs(model))
     if found.reason is None:
         return found
@@ -58,6 +61,11 @@ def reader(model: Transformer, engine: str | Engine = "auto") -> Reader:
         _said.add(found.reason)
         log.warning("engine=native: PyTorch's modules compute instead; %s", found.reason)
     return model
+
+
+def _hooked(model: nn.Module) -> bool:
+    """Whether a module calls what is not its own, which a recording would call once."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def _programs(model: Transformer) -> Programs:

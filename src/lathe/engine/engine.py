@@ -20,14 +20,13 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter
-from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lathe.architecture import Architecture
 from lathe.engine import layout
 from lathe.engine.program import Program, Programs
+from lathe.engine.stand_in import StandIn
 from lathe.errors import RequestError
 from lathe.model.cache import Cache, LayerCache
 from lathe.model.mask import drop_if_full
@@ -39,7 +38,7 @@ PRECISIONS = ("float32", "int8", "int4")
 STRETCH = 30_000_000  # nanoseconds that `go_on` takes steps for
 
 
-class Engine:
+class Engine(StandIn):
     """A model to be called without gradients: the same call and the same answer, computed by the native step.
 
     Args:
@@ -75,7 +74,8 @@ class Engine:
             raise RequestError(f"precision={precision!r}: expected one of {', '.join(PRECISIONS)}")
         if threads is not None and threads < 1:
             raise RequestError(f"threads={threads}: expected at least 1")
-        self.model, self.precision, self.threads = model, precision, threads
+        super().__init__(model)
+        self.precision, self.threads = precision, threads
         self.fallbacks: Counter[str] = Counter()
         if programs is None:
             programs = Programs.of(model, precision, instructions, self._threads())
@@ -89,33 +89,9 @@ class Engine:
         return self.reason is None
 
     @property
-    def architecture(self) -> Architecture:
-        """The model's."""
-        return self.model.architecture
-
-    @property
-    def encoder(self) -> nn.Module | None:
-        """The model's, for who asks whether there is one."""
-        return self.model.encoder
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the stream and the cache."""
-        return self.model.dtype
-
-    @property
     def step_bytes(self) -> int:
         """The bytes of weights that a decoding step reads; 0 where the native step does not serve."""
         return 0 if self._decoder is None else self._decoder.bytes
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The model's."""
-        return self.model.named_parameters()
 
     def _threads(self) -> int:
         return torch.get_num_threads() if self.threads is None else self.threads

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lathe.engine import Engine
 from lathe.engine.choose import Reader
+from lathe.engine.graphs import Graphs
 from lathe.errors import LatheError, RequestError
 from lathe.generate.memory import check_room, decoding_bytes
 from lathe.generate.prompt import Prompt
@@ -86,7 +87,7 @@ class Rows:
         Returns:
             The tokens, their log-probabilities and whether each row has ended, of each step that was taken, N × B.
         """
-        if isinstance(self.model, Engine):
+        if isinstance(self.model, Engine | Graphs):
             found = self.model.go_on(tokens_B, ended_B, self.cache, self.memory, most=most, ends=ends, filler=filler)
             if found is not None:
                 self._refuse_no_numbers(found[0][-1])
