@@ -159,6 +159,30 @@ def test_an_active_adapter_is_folded_in(tmp_path: Path) -> None:
     assert not torch.allclose(ours, base, atol=1e-2)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    ("to", "name", "kind"),
+    [
+        ("ctranslate2", "t5", "float32"),
+        ("ctranslate2", "llama", "int8"),
+        ("gguf", "llama", "f32"),
+        ("gguf", "gpt2", "q8_0"),
+        ("onnx", "bert, three labels", "float32"),
+    ],
+)
+def test_a_quantised_model_is_exported_as_what_its_codes_stand_for(
+    to: str, name: str, kind: str, bits: int, tmp_path: Path
+) -> None:
+    """The program computes what the codes say, and not what the model was before them."""
+    _installed(to)
+    rounded = lathe.quantize(lathe.Model(ARCHITECTURES[name], model(name).tensors()), bits=bits, activations="none")
+    done = job.export(rounded, _path(tmp_path, to), to=to, kind=kind)
+    assert done.checked is not None
+    assert done.checked.error <= format_of(to).kind(kind).limit
+    before = job.export(model(name), tmp_path / ("before" + _path(tmp_path, to).suffix), to=to, kind=kind)
+    assert before.nbytes == pytest.approx(done.nbytes, rel=0.01)
+
+
 @pytest.mark.parametrize(("name", "convention"), [("t5", "t5"), ("llama", "llama"), ("gpt2", "gpt2"), ("bert", "bert")])
 def test_llama_cpp_cuts_text_as_the_tokenizer_does(name: str, convention: str, tmp_path: Path) -> None:
     _installed("gguf")
