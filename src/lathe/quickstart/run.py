@@ -156,13 +156,12 @@ def _learn(
     teacher: Model | None = None,
 ) -> None:
     """Train, or heal where there is a teacher: half its distribution, half the labels, at a third of the rate."""
-    lr = plot.lr if teacher is None else plot.lr / 3
     settings = TrainSettings.from_dict(
         {
             "steps": steps,
             "seed": seed,
             "dropout": 0.0,
-            "optimizer": {"lr": lr},
+            "optimizer": {"kind": plot.optimizer, "lr": plot.lr} if teacher is None else {"lr": plot.heal_lr},
             "schedule": {"kind": "cosine", "warmup": max(steps // 20, 1)},
         }
     )

@@ -25,6 +25,7 @@ class Story:
         objective: what is predicted, by the objective's name.
         cut: the sizes that the trained model is cut to.
         steps, heal_steps: how long it trains and heals.
+        optimizer, lr: what trains it, and its peak rate; healing takes AdamW.
         rows: rows of `length` positions in a batch.
     """
 
@@ -37,7 +38,9 @@ class Story:
     vocab_size: int = 2000
     length: int = 128
     rows: int = 24
+    optimizer: str = "adamw"
     lr: float = 5e-3
+    heal_lr: float = 5e-3 / 3
     steps: int = 550
     heal_steps: int = 80
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
@@ -57,6 +60,9 @@ STORIES: dict[str, Story] = {
         objective="span_corruption",
         sizes={"d_model": 96, "n_layers": 2, "n_heads": 4, "d_head": 24, "d_ff": 256},
         cut={"d_model": 72},
+        # Its table begins at a size of 1 and its matrices at a tenth of it: each learns by a share of its own size.
+        optimizer="adafactor",
+        lr=3e-2,
     ),
     "gpt2": Story(
         preset="gpt2",
