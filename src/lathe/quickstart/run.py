@@ -155,7 +155,7 @@ def _learn(
     seed: int,
     teacher: Model | None = None,
 ) -> None:
-    """Train, or heal where there is a teacher: half its distribution, half the labels, at a third of the rate."""
+    """Train, or heal where there is a teacher: half its distribution, half the labels, with AdamW."""
     settings = TrainSettings.from_dict(
         {
             "steps": steps,

@@ -25,7 +25,8 @@ class Story:
         objective: what is predicted, by the objective's name.
         cut: the sizes that the trained model is cut to.
         steps, heal_steps: how long it trains and heals.
-        optimizer, lr: what trains it, and its peak rate; healing takes AdamW.
+        optimizer, lr: what trains it, and its peak rate.
+        heal_lr: the healing's, by AdamW.
         rows: rows of `length` positions in a batch.
     """
 
