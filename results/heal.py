@@ -11,7 +11,9 @@ in OUT, which goes on where it was interrupted; the table goes to stdout and to 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
+from typing import Any
 
 from parent import Ledger, Parent, asked, open_parent, width
 
@@ -20,6 +22,7 @@ from lathe.data.batch import Batch
 from lathe.reshape.heal import HealSettings, heal
 from lathe.reshape.measure import parameters_of
 from lathe.train.job import open_job
+from lathe.train.request import RunSettings, read_request
 
 
 def main() -> None:
@@ -70,14 +73,34 @@ def _healed(parent: Parent, cut: lathe.Model, tokens: int, given: argparse.Names
 
 
 def _new(parent: Parent, size: int, tokens: int, out: Path) -> float:
-    folder = out / f"{size}-new-{tokens}"
-    data = parent.request.data
-    steps = tokens // ((data.rows or 1) * data.length)
-    warmup = min(parent.request.schedule.warmup, steps // 10)  # a short run rises as early in its time
-    changes = {"tokens": tokens, "schedule.warmup": warmup, "architecture.d_model": size, "evaluate_every": None}
-    request = asked(parent.request, out=str(folder), **changes)
-    open_job(request).run(resume=(folder / "checkpoints").exists())
-    return parent.perplexity(lathe.load(folder / "checkpoints/last"))
+    """Perplexity of a model that was trained from nothing; on the whole budget after whatever came before the run."""
+    first, start = _first_run(parent.request), None
+    if first is not None and tokens == parent.tokens:
+        start = _trained(first, size, first.tokens, out / f"{size}-first", None)
+    elif first is not None:
+        start, blank = out / f"{size}-start", parent.model.architecture.with_({"d_model": size})
+        if not start.exists():
+            lathe.Model(blank, seed=0, tokenizer=parent.model.tokenizer).save(start)
+    return parent.perplexity(lathe.load(_trained(parent.request, size, tokens, out / f"{size}-new-{tokens}", start)))
+
+
+def _first_run(request: RunSettings) -> RunSettings | None:
+    """What the run was asked from whose checkpoint a run began; None where it began from nothing."""
+    asked_before = Path(request.model).parent.parent / "run.json"
+    if not asked_before.is_file():
+        return None
+    return read_request(json.loads(asked_before.read_text(encoding="utf-8")), {})
+
+
+def _trained(request: RunSettings, size: int, tokens: int | None, folder: Path, start: Path | None) -> Path:
+    """The last checkpoint of a run at another size, from `start` or from nothing."""
+    changes: dict[str, Any] = {"tokens": tokens, "evaluate_every": None}
+    if tokens is not None:  # a short run rises as early in its time
+        steps = tokens // ((request.data.rows or 1) * request.data.length)
+        changes["schedule.warmup"] = min(request.schedule.warmup, steps // 10)
+    changes |= {"architecture.d_model": size} if start is None else {"model": str(start)}
+    open_job(asked(request, out=str(folder), **changes)).run(resume=(folder / "checkpoints").exists())
+    return folder / "checkpoints/last"
 
 
 def _words() -> argparse.Namespace:

@@ -308,6 +308,7 @@ def resize(
     *,
     calibrate: str | os.PathLike[str] | Iterable[Tensor | Mapping[str, Tensor]] = (),
     method: str = "rotate",
+    search: int | None = None,
     refit: bool | None = None,
     share: str = "mean",
     seed: int = 0,
@@ -327,6 +328,8 @@ def resize(
             mappings of the model's keyword arguments, where padding is marked by `attention_mask`. What only grows,
             and `truncate`, need none.
         method: how a width is cut: `rotate` (least loss), `select` or `truncate` (for comparison).
+        search: how many steps the basis of a rotation is looked for, 0 for the principal one; None: 100 with a refit,
+            fewer for a large model.
         refit: whether the layers are then fitted to the parent's by least squares; None: except with `truncate`.
         share: what layers that come to share weights start from: `mean`, aligned, or `middle`.
         seed: of the text that is drawn and of the weights that growth draws.
@@ -362,7 +365,8 @@ def resize(
         _require_tokenizer(model, text.file)
     else:
         calibrate = batches = [_as_batch(model, each) for each in calibrate]
-    how: dict[str, Any] = {"method": method, "refit": refit, "share": share, "seed": seed, "own_form": own_form}
+    how: dict[str, Any] = {"method": method, "search": search, "refit": refit, "share": share}
+    how |= {"seed": seed, "own_form": own_form}
     limits: dict[str, Any] = {"max_parameters": max_parameters, "max_bytes": max_bytes, "max_latency": max_latency}
     budget: dict[str, Any] | None = None
     if any(limit is not None for limit in limits.values()):
@@ -494,6 +498,7 @@ def plan_budget(
     max_latency: float | None = None,
     effort: int = 2,
     method: str = "rotate",
+    search: int | None = None,
     refit: bool | None = None,
     share: str = "mean",
     seed: int = 0,
@@ -507,7 +512,7 @@ def plan_budget(
             not cut: there is no text to show to another tokenizer.
         max_parameters, max_bytes, max_latency: the budget, one of them: `"30M"`, `"40MB"`, milliseconds.
         effort: how many cuts are tried, from 1 on.
-        method, refit, share, seed, own_form: as `resize` takes them.
+        method, search, refit, share, seed, own_form: as `resize` takes them.
         changes: sizes that are set in any case.
 
     Raises:
@@ -543,7 +548,7 @@ def plan_budget(
         text,
         tokenizer=model.tokenizer,
         fixed=changes,
-        how={"method": method, "refit": refit, "share": share},
+        how={"method": method, "search": search, "refit": refit, "share": share},
         seed=seed,
         own_form=own_form,
         reserved=frozenset(settings_ids(model.generation) | settings_ids(model.config)),

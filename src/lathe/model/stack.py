@@ -201,7 +201,7 @@ class TransformerStack(nn.Module):
         return around
 
     def _run(self, x_BTD: Tensor, around: Surroundings, cache: Cache | None, trace: Trace | None) -> Tensor:
-        recompute = self.checkpointing and self.training and torch.is_grad_enabled()
+        recompute = self.checkpointing and torch.is_grad_enabled()
         for number in range(self.spec.n_layers):
             if trace is not None and trace.hidden:
                 trace.hidden_states.append(x_BTD)

@@ -48,12 +48,15 @@ class Moments:
         """E[x̂ x̂ᵀ] at one norm."""
         return self.by_norm[norm] / self.tokens[norm]
 
-    def total(self, norms: Iterable[str]) -> Tensor:
-        """The sum of the means over several norms."""
-        first, *rest = norms
-        total = self.mean(first)
-        for norm in rest:  # one after the other: all of them together may be larger than the model
-            total = total + self.mean(norm)
+    def total(self, norms: Iterable[str], weights: Mapping[str, float] | None = None) -> Tensor:
+        """The sum of the means over several norms.
+
+        Args:
+            weights: what each counts; alike where left out.
+        """
+        total = torch.zeros((), dtype=torch.float64)
+        for norm in norms:  # one after the other: all of them together may be larger than the model
+            total = total + (self.mean(norm) if weights is None else weights[norm] * self.mean(norm))
         return total
 
     def loudness(self, norms: Iterable[str]) -> Tensor:

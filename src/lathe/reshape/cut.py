@@ -15,12 +15,16 @@ from torch import Tensor
 from lathe.architecture import Architecture
 from lathe.errors import RequestError
 from lathe.reshape.calibrate import Moments, moments, unit
+from lathe.reshape.fold import is_tied
 from lathe.reshape.heads import narrow_heads
 from lathe.reshape.operation import Context, Operation, Run, by_stack, plain
 from lathe.reshape.refit import refit
+from lathe.reshape.search import Sought, rows_for, search, steps_within, worth
+from lathe.reshape.sensitivity import sensitivity
 from lathe.reshape.state import State, Step, multiply
+from lathe.reshape.stream import model_of
 from lathe.reshape.transform import loudest_directions, onto_table, refit_transform, transform_rows
-from lathe.reshape.width import is_centred, keep, norms_of, principal, rotate, streams_of, with_stored_positions
+from lathe.reshape.width import Basis, is_centred, keep, norms_of, principal, rotate, streams_of, with_stored_positions
 
 _ENERGY = "share of the energy that each norm hands on which stays"
 _TOKENS = "embedding.tokens.weight"
@@ -33,11 +37,13 @@ def plan_heads(done: Architecture, target: Architecture) -> list[Operation]:
 
 
 def plan_width(
-    done: Architecture, target: Architecture, method: str, *, refitted: bool | None = None
+    done: Architecture, target: Architecture, method: str, *, refitted: bool | None = None, search: int | None = None
 ) -> list[Operation]:
     """An operation for each width that becomes smaller.
 
     Args:
+        search: how many steps a rotation's basis is looked for; None: as many as the model's size allows, or none where
+            nothing is fitted afterwards, which the search counts on.
         refitted: whether the rest of the model is fitted to its parent afterwards (`lathe.reshape.refit`); None: where
             the method reads text anyway.
 
@@ -53,13 +59,17 @@ def plan_width(
         if old is None or wanted is None or wanted == old:
             continue
         if wanted < old:
-            operations.append(Operation({field: wanted}, _cutting(field, group, wanted, method, fits)))
+            operations.append(
+                Operation(
+                    {field: wanted}, _cutting(field, group, wanted, method, fits, search if fits or search else 0)
+                )
+            )
         elif group == "embed":
             raise RequestError(f"d_embed={wanted}: this model has {old}, and it can only be cut; give a smaller number")
     return operations
 
 
-def _cutting(field: str, group: str, size: int, method: str, fits: bool) -> Run:
+def _cutting(field: str, group: str, size: int, method: str, fits: bool, steps: int | None) -> Run:
     def run(context: Context, state: State) -> tuple[State, list[Step]]:
         if method == "truncate" and not fits:
             return _kept(state, group, field, torch.arange(size), method)
@@ -70,18 +80,18 @@ def _cutting(field: str, group: str, size: int, method: str, fits: bool) -> Run:
         _require_enough(seen, field, size)
         channels: Tensor | None = None
         if method == "rotate":
-            started, steps, into = _rotated(context, state, group, field, size, seen)
+            started, done, into = _rotated(context, state, group, field, size, seen, steps)
         else:
             channels = torch.arange(size)
             if method == "select":
                 channels = seen.loudness(norms).topk(size).indices.sort().values
-            started, steps = _kept(state, group, field, channels, method)
-            steps = [replace(steps[0], detail=_energy(seen, norms, channels), measures=_ENERGY)]
+            started, done = _kept(state, group, field, channels, method)
+            done = [replace(done[0], detail=_energy(seen, norms, channels), measures=_ENERGY)]
             into = torch.eye(len(seen.mean(norms[0])), dtype=torch.float64)[:, channels]
         if not fits:
-            return started, steps
+            return started, done
         fitted, more = refit(state, started, into, batches, embed=group == "embed", pooled=channels)
-        return fitted, [*steps, *more]
+        return fitted, [*done, *more]
 
     return run
 
@@ -114,16 +124,16 @@ def _kept(state: State, group: str, field: str, channels: Tensor, method: str) -
 
 
 def _rotated(
-    context: Context, state: State, group: str, field: str, size: int, seen: Moments
+    context: Context, state: State, group: str, field: str, size: int, seen: Moments, steps: int | None
 ) -> tuple[State, list[Step], Tensor]:
     """The rotated state, what was done, and the basis."""
     norms = _sites(state.architecture, group)
     centred = is_centred(state.architecture, group)
     language = state.architecture.head.language
     if language is None or language.transform is None or not _head_is_as_wide(state.architecture, group):
-        basis = principal(seen, norms, size, centred=centred)
+        basis, note = _basis(context, state, group, size, seen, steps)
         rotated, step = rotate(state, group, field, basis, seen)
-        return rotated, [step], basis.matrix
+        return rotated, [replace(step, note=note)], basis.matrix
     # The head writes what the table reads, so its output has a say in which channels stay.
     x_ND, old_NE = transform_rows(context.current(state), context.batches)
     seen.add("head.language.norm", unit(old_NE, centred=centred))
@@ -140,6 +150,36 @@ def _rotated(
         rotated = rotated.with_({_OUTPUT: multiply(state.tensors[_OUTPUT], 1, onto.T)})
     refitted, second = refit_transform(state, rotated, x_ND, old_NE, onto.T)
     return refitted, [step, second], basis.matrix
+
+
+def _basis(
+    context: Context, state: State, group: str, size: int, seen: Moments, steps: int | None
+) -> tuple[Basis, str]:
+    """The directions that stay, and a sentence on how they were found.
+
+    They are looked for (`lathe.reshape.search`) where what the norms hand on goes to readers alone. Elsewhere, and with
+    no steps asked for, they are the principal ones.
+    """
+    norms, centred = _sites(state.architecture, group), is_centred(state.architecture, group)
+    is_read = group == "residual" and not streams_of(state.architecture, group)
+    if not is_read or steps == 0 or size == state.architecture.d_model:
+        return principal(seen, norms, size, centred=centred), ""
+    model = context.current(state)
+    if model.dtype not in (torch.float32, torch.float64):  # gradients need more digits
+        model = model_of(state, torch.float32, model.device)
+    tokens, rows = {norm: seen.tokens[norm] for norm in norms}, rows_for(size)
+    felt = sensitivity(model, context.batches, tokens, most_rows=rows, generator=context.generator)
+    sought = Sought(
+        felt,
+        {norm: state.wide(f"{norm}.weight") for norm in norms},
+        shifted=f"{norms[0]}.bias" in state.tensors,
+        tied=frozenset(norm for norm in norms if is_tied(state.architecture, norm)),
+    )
+    start = principal(seen, norms, size, centred=centred, weights=worth(sought, seen))
+    made = steps_within(len(norms), rows, state.architecture.d_model, size) if steps is None else steps
+    found = search(start, sought, seen, made)
+    note = f"the basis was looked for in {made} steps: its loss, to first order, is {found.after:.4f} nats"
+    return found.basis, f"{note} a prediction, and {found.before:.4f} before them"
 
 
 def _head_is_as_wide(architecture: Architecture, group: str) -> bool:

@@ -4,7 +4,7 @@
     calibrate=corpus.txt calibrate.tokens=100000 calibrate.field=document
     calibrate=pairs.jsonl calibrate.source=en calibrate.target=ko calibrate.prefix="translate: "
     data=held-out.txt heal=corpus.txt heal.steps=500 heal.lr=3e-4
-    method=select objective=masked objective.rate=0.2 seed=1
+    method=select search=0 objective=masked objective.rate=0.2 seed=1
     max_parameters=30M               a budget in place of sizes; also max_bytes=40MB, max_latency=12, budget.effort=3
     vocabulary=text.txt words=[a,b] multiple_of=64     which tokens, beside vocab_size=
     sharing=all share=mean remainder=8                 what layers share, and the rank of what they differ by
@@ -35,7 +35,7 @@ _TEXTS: dict[str, type[TextSettings | HealSettings | VocabularySettings]] = {
 # Words that stand for a longer one.
 _SHORT = {"words": "vocabulary.words", "multiple_of": "vocabulary.multiple_of"}
 # How an operation is done, where there is a choice; `resize` and `planned` take each by its name.
-HOW = ("method", "refit", "share")
+HOW = ("method", "search", "refit", "share")
 _PLAIN = (*HOW, "seed", "stream", "remainder")
 
 
@@ -45,7 +45,8 @@ class ResizeRequest(Spec):
 
     Args:
         calibrate: the text that the cut is fitted on.
-        method, refit, share: how a width is cut, whether the rest is fitted to it, what shared layers start from.
+        method, search, refit, share: how a width is cut, in how many steps its basis is looked for, whether the rest is
+            fitted to it, what shared layers start from.
         remainder: the rank at which is kept, in an adapter, what layers that come to share weights differ by.
         vocabulary: which tokens the model shall have.
         data: the text that it is measured on; where left out, a tenth of `calibrate` is kept apart for it.
@@ -56,6 +57,7 @@ class ResizeRequest(Spec):
     source: str
     changes: dict  # type: ignore[type-arg]
     method: str = choice(*METHODS, default="rotate")
+    search: int | None = size(10_000, least=0, default=None)
     refit: bool | None = None
     share: str = choice(*SHARE_METHODS, default="mean")
     remainder: int | None = size(2**20, default=None)

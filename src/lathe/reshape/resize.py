@@ -74,6 +74,7 @@ def resize(
     *,
     calibrate: Sequence[Batch] = (),
     method: str = "rotate",
+    search: int | None = None,
     refit: bool | None = None,
     share: str = "mean",
     seed: int = 0,
@@ -90,6 +91,8 @@ def resize(
         calibrate: batches of keyword arguments of the model, of the kind of text that it is used on;
             what only grows, and `truncate`, need none.
         method: how a width is cut: `rotate`, `select` or `truncate`.
+        search: how many steps the basis of a rotation is looked for (`lathe.reshape.search`), 0 for the principal one;
+            None: 100 with a refit, or fewer where the model is so large that they would take an hour.
         refit: whether the rest of the model is then fitted to its parent by least squares on the text; None: with
             `rotate` and `select`, which read text anyway.
         share: what layers that come to share weights start from: `mean`, aligned, or `middle`.
@@ -116,6 +119,7 @@ def resize(
         model.architecture,
         changes,
         method=method,
+        search=search,
         refit=refit,
         share=share,
         own_form=own_form,
@@ -142,6 +146,7 @@ def planned(
     changes: Mapping[str, Any],
     *,
     method: str = "rotate",
+    search: int | None = None,
     refit: bool | None = None,
     share: str = "mean",
     own_form: bool = False,
@@ -161,7 +166,7 @@ def planned(
     target = source.with_(changes)
     if target.family != source.family:
         target = target.with_(convert.followers(target))
-    return target, _operations(source, target, _planners(method, refit, share, renews))
+    return target, _operations(source, target, _planners(method, search, refit, share, renews))
 
 
 def with_followers(source: Architecture, changes: Mapping[str, Any], *, own_form: bool = False) -> dict[str, Any]:
@@ -209,7 +214,7 @@ def _multiples(near: int, of: int) -> str:
     return f"a multiple of {of} ({below} or {above})" if below else f"a multiple of {of}"
 
 
-def _planners(method: str, refit: bool | None, share: str, renews: bool) -> tuple[Planner, ...]:
+def _planners(method: str, search: int | None, refit: bool | None, share: str, renews: bool) -> tuple[Planner, ...]:
     """Who may change what, in the order in which it is done."""
     return (
         convert.plan_family,
@@ -220,7 +225,7 @@ def _planners(method: str, refit: bool | None, share: str, renews: bool) -> tupl
         prune.plan_heads,
         prune.plan_feed_forward,
         cut.plan_heads,
-        partial(cut.plan_width, method=method, refitted=refit),
+        partial(cut.plan_width, method=method, search=search, refitted=refit),
         grow_width.plan_width,
         grow_heads.plan_heads,
         grow.plan_feed_forward,

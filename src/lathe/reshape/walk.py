@@ -109,6 +109,24 @@ def entered(model: Transformer, name: str, batch: Batch, memory_BSD: Tensor | No
     return Held(*stack.enter(*given, **{key: value for key, value in named.items() if key != "trace"}))
 
 
+def left(model: Transformer, batch: Batch) -> Tensor:
+    """What the last stack leaves of a batch; the heads do not run."""
+    ends: list[Tensor] = []
+
+    def caught(_: nn.Module, given: tuple[Any, ...], out: Tensor) -> None:
+        ends.append(out)
+        raise _Reached
+
+    handle = stack_of(model, list(model.architecture.stacks)[-1][0]).register_forward_hook(caught)
+    try:
+        model(**batch)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return ends[0]
+
+
 def through(model: Transformer, name: str, held: Held, layers: range) -> Tensor:
     """The stream of a batch after some layers of a stack."""
     x_BTD, stack = held.x_BTD, stack_of(model, name)

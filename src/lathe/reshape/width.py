@@ -94,14 +94,19 @@ def streams_of(architecture: Architecture, group: str) -> list[str]:
     return [norm for norm in norms_of(architecture, group) if not readers(architecture, norm)]
 
 
-def principal(moments: Moments, norms: list[str], width: int, *, centred: bool) -> Basis:
+def principal(
+    moments: Moments, norms: list[str], width: int, *, centred: bool, weights: Mapping[str, float] | None = None
+) -> Basis:
     """The basis of the `width` channels that keep most of the stream.
 
     The kept directions may be turned among themselves at no cost. They are turned so that the new channels are as
     near as they can be to the old channels that carry most (orthogonal Procrustes): norms whose weights cannot be
     folded away work channel by channel, and at the old width the basis is the identity.
+
+    Args:
+        weights: what each norm's share counts; alike where left out.
     """
-    total = moments.total(norms)
+    total = moments.total(norms, weights)
     old, rank = len(total), width - 1 if centred else width
     directions = torch.linalg.eigh(total).eigenvectors.flip(1)
     if centred:
@@ -115,8 +120,12 @@ def principal(moments: Moments, norms: list[str], width: int, *, centred: bool) 
     matrix = kept @ (u @ vh) @ frame.T
     if centred:  # the mean stays the mean: what reads the stream past a norm may look at it
         matrix = matrix + (old * width) ** -0.5
-    energy = {n: float((kept.T @ moments.mean(n) @ kept).trace() / moments.mean(n).trace()) for n in norms}
-    return Basis(matrix, centred, energy)
+    return Basis(matrix, centred, retained(moments, norms, kept))
+
+
+def retained(moments: Moments, norms: list[str], kept: Tensor) -> dict[str, float]:
+    """The share of each norm's second moment that lies in orthonormal directions, old channels × directions."""
+    return {n: float((kept.T @ moments.mean(n) @ kept).trace() / moments.mean(n).trace()) for n in norms}
 
 
 def without_mean(width: int) -> Tensor:

@@ -1,0 +1,218 @@
+"""What a model's predictions feel of each norm's output: which directions of the stream matter, and how much.
+
+The stream moves most in some directions and is listened to in others. Change a norm's output h by a small e: the
+predictions then differ, in nats a token, by ½ eᵀGe on average, where G is the Fisher information (Amari 1998) with
+respect to h. It is gathered as the second moment of gradients, G = E[g gᵀ] with g = ∂(−log p(y)) / ∂h, for labels y
+that are drawn from what the model itself predicts. The text's own labels would give another matrix (Kunstner et al.
+2019), and need to be there.
+
+A classifier's labels are drawn from its predictions in the same way. What has no language head and no classifier is
+read as it is: every direction of its last stream then counts alike, and the gradient is that of a standard normal
+draw's product with it.
+
+Text goes through the model a few rows at a time, and each layer is run again in the backward pass, so that a streamed
+model holds no more than one layer's weights. The logits go a few at a time, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lathe.model.transformer import Transformer
+from lathe.reshape.calibrate import Batch, Ear, heard, token_rows, unit
+from lathe.reshape.spill import Tensors
+from lathe.reshape.stream import StreamedTransformer, blank, heads_held
+from lathe.reshape.walk import asked_rows, left, stack_of, standing
+
+_MOST_TOKENS = 2048  # of a batch, at once
+_MOST_LOGITS = 2**22  # 16 MiB
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What was seen at each norm.
+
+    Args:
+        rows: the norms' inputs at some tokens, each divided by its size as the norm does, in float32: N × D.
+        felt: G of each norm's output for one prediction, summed over the tokens that it was made from: D × D.
+    """
+
+    rows: Tensors
+    felt: Tensors
+
+
+def sensitivity(
+    model: Transformer,
+    batches: Sequence[Batch],
+    tokens: Mapping[str, int],
+    *,
+    most_rows: int,
+    generator: torch.Generator,
+) -> Sensitivity:
+    """Run the text through the model, forward and back.
+
+    Args:
+        tokens: the norms, and how many tokens of the text pass each.
+        most_rows: of about how many tokens, spread evenly over the text, the norms' inputs are kept.
+        generator: draws the labels.
+    """
+    asked, norms = 0, {name: _Norm(count // most_rows) for name, count in tokens.items()}
+    seen = Sensitivity(blank(model), blank(model))
+    with _recomputing(model):
+        for batch in _parts(batches):
+            asked += _forward_and_back(model, batch, norms, generator)
+            for name, norm in norms.items():
+                norm.hand_over(name, seen)
+    for name in norms:
+        seen.felt[name] = seen.felt[name] / max(asked, 1)
+    return seen
+
+
+class _Norm:
+    """One norm while a batch passes it: every so manieth token's input, and the gradients of its output."""
+
+    def __init__(self, every: int) -> None:
+        self._every = max(every, 1)
+        self._passed = 0
+        self._rows: list[Tensor] = []
+        self._felt: Tensor | None = None
+
+    def listen(self, given: Tensor, out: Tensor, name: str, batch: Batch, *, centred: bool) -> None:
+        """What passes the norm once; layers that share it let it pass several times."""
+        tokens = token_rows(out.detach(), name, batch)
+        rows_ND = given.detach().flatten(0, -2)[tokens]
+        self._rows.append(unit(rows_ND[-self._passed % self._every :: self._every], centred=centred).cpu().float())
+        self._passed += len(rows_ND)
+
+        def back(gradient: Tensor) -> None:
+            wide = gradient.detach().flatten(0, -2)[tokens].to("cpu", torch.float64)
+            product = wide.T @ wide
+            self._felt = product if self._felt is None else self._felt + product
+
+        out.register_hook(back)
+
+    def hand_over(self, name: str, seen: Sensitivity) -> None:
+        """Put what the batch brought to what was seen before."""
+        if self._felt is None:
+            return
+        for into, new in ((seen.rows, torch.cat(self._rows)), (seen.felt, self._felt)):
+            if name not in into:
+                into[name] = new
+            else:
+                into[name] = torch.cat((into[name], new)) if into is seen.rows else into[name] + new
+        self._rows, self._felt = [], None
+
+
+def _forward_and_back(model: Transformer, batch: Batch, norms: Mapping[str, _Norm], generator: torch.Generator) -> int:
+    """One batch; how many predictions were asked of it."""
+    starts: list[Tensor] = []
+    listens = True
+
+    def enter(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        # The gradients end here: no weight gets one.
+        starts.append(given[0].detach().requires_grad_())
+        return (starts[-1], *given[1:])
+
+    def ear(name: str) -> Ear:
+        centred = isinstance(model.get_submodule(name), nn.LayerNorm)
+
+        def hear(given: Tensor, out: Tensor) -> None:
+            if listens:  # not when the backward pass runs a layer again
+                norms[name].listen(given, out, name, batch, centred=centred)
+
+        return hear
+
+    with ExitStack() as stack, torch.enable_grad():
+        for name, _ in model.architecture.stacks:
+            stack.callback(stack_of(model, name).input.register_forward_pre_hook(enter).remove)
+        stack.enter_context(heard(model, {name: ear(name) for name in norms}))
+        left_BTD = left(model, batch)
+        listens = False
+        gradient_BTD, asked = _at_the_end(model, batch, left_BTD.detach(), generator)
+        torch.autograd.grad(left_BTD, starts, gradient_BTD)
+    return asked
+
+
+def _at_the_end(model: Transformer, batch: Batch, left_BTD: Tensor, generator: torch.Generator) -> tuple[Tensor, int]:
+    """The gradient of the last stream, and how many predictions it is of."""
+    asked_N = asked_rows(model, left_BTD.shape[:2], batch).to(left_BTD.device)
+    gradient_BTD = torch.zeros_like(left_BTD)
+    if model.head.language is not None:
+        rows_ND = left_BTD.flatten(0, 1)[asked_N]
+        parts = [_of_tokens(model, part_ND, generator) for part_ND in rows_ND.split(_at_once(model))]
+        gradient_BTD.flatten(0, 1)[asked_N] = torch.cat(parts) if parts else rows_ND
+        return gradient_BTD, len(rows_ND)
+    if model.head.classifier is None:
+        noise_ND = torch.randn((int(asked_N.sum()), left_BTD.shape[-1]), generator=generator)
+        gradient_BTD.flatten(0, 1)[asked_N] = noise_ND.to(left_BTD)
+        return gradient_BTD, len(noise_ND)
+    return _of_labels(model, batch, left_BTD, asked_N, generator)
+
+
+def _at_once(model: Transformer) -> int:
+    return max(_MOST_LOGITS // model.architecture.embedding.vocab_size, 1)
+
+
+def _of_tokens(model: Transformer, rows_ND: Tensor, generator: torch.Generator) -> Tensor:
+    """The gradients of some rows by tokens drawn from what the language head says."""
+    head = model.head.language
+    assert head is not None
+    rows_ND = rows_ND.requires_grad_()
+    with heads_held(model):
+        logits_NV = head(rows_ND[None], model.embedding.tokens)[0]
+        return torch.autograd.grad(_surprise(logits_NV, generator), rows_ND)[0]
+
+
+def _of_labels(
+    model: Transformer, batch: Batch, left_BTD: Tensor, asked_N: Tensor, generator: torch.Generator
+) -> tuple[Tensor, int]:
+    """The gradient by labels drawn from what the classifier says."""
+    left_BTD = left_BTD.requires_grad_()
+    with standing(model, left_BTD), heads_held(model):
+        logits: Tensor = model(**batch).logits
+    if model.head.token == "each":  # one or more labels for every token
+        logits = logits.flatten(0, 1)[asked_N]
+    if logits.dim() == 1:  # a mark, yes or no: two classes, of which one has the logit 0
+        logits = torch.stack((torch.zeros_like(logits), logits), -1)
+    if logits.shape[-1] > 1:
+        loss = _surprise(logits, generator)
+    else:  # a number, with normal errors
+        loss = (logits * torch.randn(logits.shape, generator=generator).to(logits)).sum()
+    return torch.autograd.grad(loss, left_BTD)[0], len(logits)
+
+
+def _surprise(logits_NV: Tensor, generator: torch.Generator) -> Tensor:
+    """−log p(y), summed, of labels drawn from the logits."""
+    given_NV = logits_NV.detach().to("cpu", torch.float32).softmax(-1)
+    drawn_N = torch.multinomial(given_NV, 1, generator=generator)[:, 0].to(logits_NV.device)
+    return nn.functional.cross_entropy(logits_NV, drawn_N, reduction="sum")
+
+
+def _parts(batches: Sequence[Batch]) -> Iterator[Batch]:
+    """The batches, a few rows at a time: what the backward pass needs of a batch is held at once."""
+    for batch in batches:
+        rows = len(next(iter(batch.values())))
+        longest = max(tensor[:1].numel() for tensor in batch.values())
+        some = max(_MOST_TOKENS // max(longest, 1), 1)
+        for start in range(0, rows, some):
+            yield {key: tensor[start : start + some] for key, tensor in batch.items()}
+
+
+@contextmanager
+def _recomputing(model: Transformer) -> Iterator[None]:
+    """A streamed model keeps no layer's weights until the backward pass, which runs the layer again."""
+    training, before = model.training, [stack_of(model, name).checkpointing for name, _ in model.architecture.stacks]
+    model.eval()
+    model.set_checkpointing(isinstance(model, StreamedTransformer))
+    try:
+        yield
+    finally:
+        model.train(training)
+        for (name, _), was in zip(model.architecture.stacks, before):
+            stack_of(model, name).checkpointing = was
