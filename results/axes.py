@@ -65,7 +65,7 @@ def _cuts(model: lathe.Model) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _healed(parent: Parent, model: lathe.Model, tokens: int, lr: float, folder: Path) -> float:
+def _healed(parent: Parent, model: lathe.Model, tokens: int, lr: float | None, folder: Path) -> float:
     settings = HealSettings(file="the run's own", tokens=tokens, lr=lr, save_every=200)
     heal(model, parent.model, parent.batches(), settings, folder)
     return parent.perplexity(model)
@@ -77,7 +77,7 @@ def _words() -> argparse.Namespace:
     words.add_argument("--tokens", type=int, default=24_000, help="how much text the cuts are fitted on")
     words.add_argument("--held-tokens", type=int, default=20_000, help="how much text all is measured on")
     words.add_argument("--heal", type=float, default=0.05, help="the share of the parent's training tokens")
-    words.add_argument("--lr", type=float, default=1e-3, help="of the healing")
+    words.add_argument("--lr", type=float, help="of the healing; where left out, what lathe heals with")
     words.add_argument("--out", type=Path, required=True, help="where the runs, OUT.json and OUT.md are kept")
     return words.parse_args()
 

@@ -155,13 +155,14 @@ def _learn(
     seed: int,
     teacher: Model | None = None,
 ) -> None:
-    """Train, or heal where there is a teacher: half its distribution, half the labels, with AdamW."""
+    """Train, or heal where there is a teacher: half its distribution, half the labels, with Adafactor."""
+    kind, lr = (plot.optimizer, plot.lr) if teacher is None else ("adafactor", plot.heal_lr)
     settings = TrainSettings.from_dict(
         {
             "steps": steps,
             "seed": seed,
             "dropout": 0.0,
-            "optimizer": {"kind": plot.optimizer, "lr": plot.lr} if teacher is None else {"lr": plot.heal_lr},
+            "optimizer": {"kind": kind, "lr": lr},
             "schedule": {"kind": "cosine", "warmup": max(steps // 20, 1)},
         }
     )

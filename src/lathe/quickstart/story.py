@@ -26,7 +26,7 @@ class Story:
         cut: the sizes that the trained model is cut to.
         steps, heal_steps: how long it trains and heals.
         optimizer, lr: what trains it, and its peak rate.
-        heal_lr: the healing's, by AdamW.
+        heal_lr: the healing's, by Adafactor.
         rows: rows of `length` positions in a batch.
     """
 
@@ -41,7 +41,7 @@ class Story:
     rows: int = 24
     optimizer: str = "adamw"
     lr: float = 5e-3
-    heal_lr: float = 5e-3 / 3
+    heal_lr: float = 5e-3
     steps: int = 550
     heal_steps: int = 80
     tokenizer: Mapping[str, Any] = field(default_factory=dict)

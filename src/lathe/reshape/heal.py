@@ -5,6 +5,11 @@ leaves them a share. By default it leaves none, as in Minitron (Muralidharan et 
 again what its parent knows, and beside that what the labels of a short text say is mostly noise (docs/results.md has
 the measurement). The objective, which says what both are asked, is the one that the model was trained with.
 
+A healing starts from weights that are nearly right, and how far a step may move them depends on how large they are,
+which differs a hundredfold between families and between a table and a matrix. So the optimiser is Adafactor, whose
+steps are shares of each tensor's own size (Shazeer & Stern 2018, §8): one rate serves every family, where AdamW's best
+rate for one spoils another.
+
 A run lies in a directory and can be killed at any instant: called again, it goes on where the last checkpoint is
 (`lathe.train.fit`).
 """
@@ -21,7 +26,7 @@ from lathe.data.batches import Batches
 from lathe.errors import RequestError
 from lathe.model.transformer import Transformer
 from lathe.reshape.text import TextSettings, require_pair
-from lathe.spec import Spec, share, size
+from lathe.spec import Spec, choice, share, size
 from lathe.text.tokenizer import Tokenizer
 from lathe.train.distil import Distillation
 from lathe.train.loop import StepReport, TrainResult, train
@@ -29,6 +34,7 @@ from lathe.train.run import fit
 from lathe.train.settings import OptimizerSettings, SaveSettings, ScheduleSettings, TrainSettings
 
 _STEPS = 200
+_RATES = {"adafactor": 5e-3, "adamw": 1e-3}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +46,8 @@ class HealSettings(Spec):
     format: str | None = None  # by the file's name
     steps: int | None = size(2**40, default=None)  # 200, where neither steps nor tokens are given
     tokens: int | None = size(2**60, default=None)  # of all stages together, as are the steps
-    lr: float = 1e-3
+    optimizer: str = choice("adafactor", "adamw", default="adafactor")
+    lr: float | None = None  # 5e-3 of each tensor's own size with Adafactor, 1e-3 with AdamW
     weight: float = 1.0  # the parent's share of the loss, 0 to 1; the rest is the text's
     temperature: float = 1.0
     top_k: int | None = size(2**24, default=None)  # compare only the parent's likeliest tokens
@@ -61,8 +68,9 @@ class HealSettings(Spec):
         if not 0.0 <= self.weight <= 1.0:
             raise RequestError(f"weight={self.weight}: expected the parent's share, 0 to 1")
         for name in ("lr", "temperature"):
-            if getattr(self, name) <= 0:
-                raise RequestError(f"{name}={getattr(self, name)}: expected more than 0")
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise RequestError(f"{name}={value}: expected more than 0")
         if self.hidden < 0:
             raise RequestError(f"hidden={self.hidden}: expected 0 or more")
 
@@ -101,12 +109,12 @@ class HealSettings(Spec):
         )
 
     def training(self) -> TrainSettings:
-        """The loop's settings: AdamW, a short warm-up, a cosine down to nothing."""
+        """The loop's settings: a short warm-up, a cosine down to nothing."""
         steps = self.steps or (None if self.tokens is not None else _STEPS)
         return TrainSettings(
             steps=steps,
             tokens=self.tokens,
-            optimizer=OptimizerSettings(lr=self.lr),
+            optimizer=OptimizerSettings(kind=self.optimizer, lr=self.lr or _RATES[self.optimizer]),
             schedule=ScheduleSettings(warmup=max((steps or 200) // 20, 1)),
             accumulate=self.accumulate,
             dropout=self.dropout,
