@@ -118,7 +118,7 @@ def test_a_recipe_makes_the_same_bytes_and_refuses_anything_else(cli: Callable, 
     words = ["d_model=12", "d_ff=40", "method=select", "refit=false", "calibrate.tokens=900", "seed=3"]
     assert cli("resize", "gpt2", "one", *words, "--calibrate", "text.txt", "--device", "cpu").code == 0
     recipe = json.loads(Path("one/lathe.json").read_text(encoding="utf-8"))["recipe"]
-    assert recipe["how"] == {"method": "select", "refit": False, "share": "mean"}
+    assert recipe["how"] == {"method": "select", "search": None, "refit": False, "share": "mean"}
     assert (recipe["seed"], recipe["calibrate"]["tokens"]) == (3, 900)
     shutil.copy("text.txt", "moved.text")
     again = cli("resize", "gpt2", "two", "--recipe", "one/lathe.json", "--calibrate", "moved.text", "--device", "cpu")

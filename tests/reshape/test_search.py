@@ -150,3 +150,13 @@ def test_large_models_get_fewer_steps_and_then_none() -> None:
 def test_steps_that_cannot_be_are_refused(given: Any) -> None:
     with pytest.raises(RequestError, match="search"):
         read_request("model", {"d_model": 16, "search": given})
+
+
+@pytest.mark.parametrize("head", [None, "masked"])
+def test_where_nothing_is_looked_for_it_says_so(head: str | None) -> None:
+    bert = lathe.preset("bert-base-uncased", head=head).with_({"n_heads": 2, "n_layers": 2, "d_head": 12, **WIDER})
+    model = build(bert)
+    done = resize(model, {"d_model": 16}, calibrate=[text(bert, rows=64)], search=5)
+    assert any(step.note.startswith("no basis was looked for") for step in done.steps)
+    with pytest.raises(RequestError, match="search=5 with method=select"):
+        resize(model, {"d_model": 16}, calibrate=[text(bert)], method="select", search=5)

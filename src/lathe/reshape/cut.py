@@ -27,6 +27,7 @@ from lathe.reshape.transform import loudest_directions, onto_table, refit_transf
 from lathe.reshape.width import Basis, is_centred, keep, norms_of, principal, rotate, streams_of, with_stored_positions
 
 _ENERGY = "share of the energy that each norm hands on which stays"
+_UNSOUGHT = "no basis was looked for: that takes norms whose output goes to readers alone"
 _TOKENS = "embedding.tokens.weight"
 _OUTPUT = "head.language.output.weight"
 
@@ -139,6 +140,7 @@ def _rotated(
     seen.add("head.language.norm", unit(old_NE, centred=centred))
     basis = principal(seen, [*norms, "head.language.norm"], size, centred=centred)
     rotated, step = rotate(state, group, field, basis, seen)
+    step = replace(step, note=_UNSOUGHT if steps else "")
     if step.exact:  # the channels are what they were, and so is what the transform gives
         return rotated, [step], basis.matrix
     if group == "residual":
@@ -163,7 +165,7 @@ def _basis(
     norms, centred = _sites(state.architecture, group), is_centred(state.architecture, group)
     is_read = group == "residual" and not streams_of(state.architecture, group)
     if not is_read or steps == 0 or size == state.architecture.d_model:
-        return principal(seen, norms, size, centred=centred), ""
+        return principal(seen, norms, size, centred=centred), _UNSOUGHT if steps and not is_read else ""
     model = context.current(state)
     if model.dtype not in (torch.float32, torch.float64):  # gradients need more digits
         model = model_of(state, torch.float32, model.device)

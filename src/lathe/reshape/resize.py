@@ -162,6 +162,10 @@ def planned(
     """
     if method not in METHODS:
         raise RequestError(f"method={method!r}: expected one of {', '.join(METHODS)}")
+    if search is not None and method != "rotate":
+        raise RequestError(
+            f"search={search} with method={method}: only a rotation has a basis that can be looked for; leave out one"
+        )
     changes = with_followers(source, changes, own_form=own_form)
     target = source.with_(changes)
     if target.family != source.family:
