@@ -62,51 +62,41 @@ def sensitivity(
         most_rows: of about how many tokens, spread evenly over the text, the norms' inputs are kept.
         generator: draws the labels.
     """
-    asked, norms = 0, {name: _Norm(count // most_rows) for name, count in tokens.items()}
     seen = Sensitivity(blank(model), blank(model))
+    asked, norms = 0, {name: _Norm(name, count // most_rows, seen) for name, count in tokens.items()}
     with _recomputing(model):
         for batch in _parts(batches):
             asked += _forward_and_back(model, batch, norms, generator)
-            for name, norm in norms.items():
-                norm.hand_over(name, seen)
     for name in norms:
         seen.felt[name] = seen.felt[name] / max(asked, 1)
     return seen
 
 
 class _Norm:
-    """One norm while a batch passes it: every so manieth token's input, and the gradients of its output."""
+    """One norm: every so manieth token's input, and the gradients of its output, put to what was seen before.
 
-    def __init__(self, every: int) -> None:
-        self._every = max(every, 1)
+    They are put there at once, because those of all norms together may be larger than the model.
+    """
+
+    def __init__(self, name: str, every: int, seen: Sensitivity) -> None:
+        self._name, self._every, self._seen = name, max(every, 1), seen
         self._passed = 0
-        self._rows: list[Tensor] = []
-        self._felt: Tensor | None = None
 
-    def listen(self, given: Tensor, out: Tensor, name: str, batch: Batch, *, centred: bool) -> None:
+    def listen(self, given: Tensor, out: Tensor, batch: Batch, *, centred: bool) -> None:
         """What passes the norm once; layers that share it let it pass several times."""
-        tokens = token_rows(out.detach(), name, batch)
-        rows_ND = given.detach().flatten(0, -2)[tokens]
-        self._rows.append(unit(rows_ND[-self._passed % self._every :: self._every], centred=centred).cpu().float())
-        self._passed += len(rows_ND)
+        tokens = token_rows(out.detach(), self._name, batch)
+        every_ND = given.detach().flatten(0, -2)[tokens]
+        rows_ND = unit(every_ND[-self._passed % self._every :: self._every], centred=centred).cpu().float()
+        self._passed += len(every_ND)
+        before = self._seen.rows.get(self._name)
+        self._seen.rows[self._name] = rows_ND if before is None else torch.cat((before, rows_ND))
 
         def back(gradient: Tensor) -> None:
             wide = gradient.detach().flatten(0, -2)[tokens].to("cpu", torch.float64)
-            product = wide.T @ wide
-            self._felt = product if self._felt is None else self._felt + product
+            known = self._seen.felt.get(self._name)
+            self._seen.felt[self._name] = wide.T @ wide if known is None else known + wide.T @ wide
 
         out.register_hook(back)
-
-    def hand_over(self, name: str, seen: Sensitivity) -> None:
-        """Put what the batch brought to what was seen before."""
-        if self._felt is None:
-            return
-        for into, new in ((seen.rows, torch.cat(self._rows)), (seen.felt, self._felt)):
-            if name not in into:
-                into[name] = new
-            else:
-                into[name] = torch.cat((into[name], new)) if into is seen.rows else into[name] + new
-        self._rows, self._felt = [], None
 
 
 def _forward_and_back(model: Transformer, batch: Batch, norms: Mapping[str, _Norm], generator: torch.Generator) -> int:
@@ -124,7 +114,7 @@ def _forward_and_back(model: Transformer, batch: Batch, norms: Mapping[str, _Nor
 
         def hear(given: Tensor, out: Tensor) -> None:
             if listens:  # not when the backward pass runs a layer again
-                norms[name].listen(given, out, name, batch, centred=centred)
+                norms[name].listen(given, out, batch, centred=centred)
 
         return hear
 
