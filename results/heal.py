@@ -67,7 +67,7 @@ def _healed(parent: Parent, cut: lathe.Model, tokens: int, given: argparse.Names
     name = f"{cut.architecture.d_model}-healed-{tokens}"
     tensors = {key: tensor.clone() for key, tensor in cut.tensors().items()}  # the cut itself stays as it is
     model = lathe.Model(cut.architecture, tensors, tokenizer=parent.model.tokenizer)
-    how = {"optimizer": given.optimizer, "lr": given.lr, "weight": given.weight}
+    how = {"optimizer": given.optimizer, "lr": given.lr, "weight": given.weight, "noise": given.noise}
     settings = HealSettings(file="the run's own", tokens=tokens, save_every=200, **how)
     heal(model, parent.model, parent.batches(), settings, given.out / name)
     return parent.perplexity(model)
@@ -114,6 +114,7 @@ def _words() -> argparse.Namespace:
     words.add_argument("--optimizer", default="adafactor", help="of the healing: adafactor or adamw")
     words.add_argument("--lr", type=float, help="of the healing; where left out, what lathe heals with")
     words.add_argument("--weight", type=float, default=1.0, help="the parent's share of the healing's loss")
+    words.add_argument("--noise", type=float, default=0.0, help="share of the tokens that are swapped while it heals")
     words.add_argument("--whole", action="store_true", help="also train each size on the parent's whole budget")
     words.add_argument("--out", type=Path, required=True, help="where the runs, OUT.json and OUT.md are kept")
     return words.parse_args()

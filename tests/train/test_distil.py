@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from lathe.errors import RequestError
+from lathe.model.output import Output
 from lathe.model.transformer import Transformer
 from lathe.train import Distillation, OptimizerSettings, TrainSettings, label_logits, objective_loss, train
 
@@ -51,6 +53,40 @@ def test_hidden_states_of_any_two_widths_are_compared(shape: Callable, batches: 
     assert (twice - without).item() == pytest.approx(2 * (once - without).item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["t5", "bert", "gpt2"])
+def test_noise_swaps_what_both_models_read_and_nothing_special(shape: Callable, batches: Callable, name: str):
+    architecture = shape(name)[0]
+    read: list[dict[str, Any]] = []
+
+    class Reading(Transformer):
+        def forward(self, *given: Any, **inputs: Any) -> Output:
+            read.append(inputs)
+            return super().forward(*given, **inputs)
+
+    teacher, student = (Reading(architecture, seed=seed).eval() for seed in (0, 1))
+    batch = next(batches(name))
+    noisy = Distillation(teacher, weight=1.0, noise=0.5)
+    first, again = noisy(student, batch)[0].item(), noisy(student, batch)[0].item()
+    assert first == again  # the same tokens whenever the batch comes: a run that goes on sees what it would have seen
+    assert first != Distillation(teacher, weight=1.0)(student, batch)[0].item()
+    tokens = architecture.tokens
+    special = [t for t in (tokens.pad, tokens.bos, tokens.decoder_start, tokens.mask, *tokens.eos) if t is not None]
+    for key in ("input_ids", "decoder_input_ids"):
+        if key not in batch.inputs:
+            continue
+        old = batch.inputs[key]
+        assert torch.equal(read[0][key], read[1][key])  # the student's and the teacher's
+        plain = ~torch.isin(old, torch.tensor(special))
+        if "segment_ids" in batch.inputs:
+            plain &= batch.inputs[key.replace("input_ids", "segment_ids")] >= 0
+        changed = read[0][key] != old
+        assert not (changed & ~plain).any()
+        assert 0.2 < float(changed[plain].float().mean()) <= 0.7
+        assert torch.isin(read[0][key], old).all()
+    for key in read[0].keys() & batch.inputs.keys() - {"input_ids", "decoder_input_ids"}:
+        assert torch.equal(read[0][key], batch.inputs[key])
+
+
 def test_the_rest_counts_as_one_token(shape: Callable, batches: Callable):
     teacher = Transformer(shape("gpt2")[0], seed=1).eval()
     student = Transformer(shape("gpt2")[0], seed=0).eval()
@@ -79,6 +115,7 @@ def test_what_cannot_be_is_refused(shape: Callable, batches: Callable):
         ({"weight": 1.5}, "weight=1.5"),
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"top_k": 64}, "top_k=64"),
+        ({"noise": 1.0}, "noise=1.0"),
     ):
         with pytest.raises(RequestError, match=words):
             Distillation(teacher, **values)

@@ -52,6 +52,7 @@ class HealSettings(Spec):
     temperature: float = 1.0
     top_k: int | None = size(2**24, default=None)  # compare only the parent's likeliest tokens
     hidden: float = 0.0  # the weight of the hidden states' difference
+    noise: float = share(0.0)  # of the tokens read, swapped for others: for a parent that knows its text by heart
     length: int | None = size(2**24, least=8, default=None)  # positions of a row; 256, or what the model has
     rows: int = size(2**20, default=16)
     accumulate: int = size(2**20, default=1)
@@ -154,6 +155,7 @@ def heal(
         temperature=settings.temperature,
         top_k=settings.top_k,
         hidden=settings.hidden,
+        noise=settings.noise,
     )
     if folder is None:
         result = train(model, batches, settings.training(), loss_fn=loss, on_step=on_step)
@@ -164,7 +166,7 @@ def heal(
         weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         save_checkpoint(path, model.architecture, weights, tokenizer=tokenizer, config=config)
 
-    mixture = [settings.weight, settings.temperature, settings.top_k, settings.hidden]
+    mixture = [settings.weight, settings.temperature, settings.top_k, settings.hidden, settings.noise]
     result = fit(
         model,
         batches,

@@ -13,15 +13,22 @@ vocabulary at a fraction of its cost.
 of each stack (similarity-preserving distillation, Tung & Mori 2019, §3). Cosines between tokens can be compared
 whatever the two widths are, so no projection has to be learnt and then thrown away.
 
+`noise` swaps that share of the tokens that both models read for others of the same batch. A teacher that knows its text
+by heart says on it what it says nowhere else; on text that it has never seen it still says what it thinks of it, and no
+label is needed to learn that.
+
 Shape suffixes: B batch, T positions, D d_model, N labels that count, V vocabulary.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lathe.architecture import Tokens
 from lathe.data.batch import Batch
 from lathe.errors import RequestError
 from lathe.model.output import Output
@@ -38,6 +45,7 @@ class Distillation:
         temperature: softens both distributions.
         top_k: compare only the teacher's likeliest tokens and the rest as one; None: all.
         hidden: the weight of the hidden states' difference, 0 or more.
+        noise: the share of the tokens read, special ones apart, that are swapped for others of the batch.
 
     Raises:
         RequestError: a value that cannot be.
@@ -51,6 +59,7 @@ class Distillation:
         temperature: float = 1.0,
         top_k: int | None = None,
         hidden: float = 0.0,
+        noise: float = 0.0,
     ) -> None:
         if not 0.0 <= weight <= 1.0:
             raise RequestError(f"weight={weight}: expected the teacher's share, 0 to 1")
@@ -61,8 +70,10 @@ class Distillation:
             raise RequestError(f"top_k={top_k}: expected 1 or more and below the vocabulary of {vocab:,}")
         if hidden < 0:
             raise RequestError(f"hidden={hidden}: expected the weight of the hidden states' difference, 0 or more")
+        if not 0.0 <= noise < 1.0:
+            raise RequestError(f"noise={noise}: expected a share of the tokens, 0 or more and below 1")
         self.teacher, self.weight, self.temperature, self.top_k = teacher, weight, temperature, top_k
-        self.hidden = hidden
+        self.hidden, self.noise = hidden, noise
 
     def __call__(self, model: Transformer, batch: Batch) -> tuple[Tensor, int]:
         """The student's loss, and how many labels it is the mean of."""
@@ -71,6 +82,8 @@ class Distillation:
                 f"the student's vocabulary is {model.architecture.embedding.vocab_size:,} and the teacher's "
                 f"{self.teacher.architecture.embedding.vocab_size:,}; distillation compares them token by token"
             )
+        if self.noise > 0.0:
+            batch = replace(batch, inputs=_disturbed(batch, self.noise, self.teacher.architecture.tokens))
         student_NV, targets_N, student = label_logits(model, batch)
         with torch.no_grad():
             teacher_NV, _, teacher = label_logits(self.teacher, batch)
@@ -125,6 +138,24 @@ def _tokens(batch: Batch, side: str, like_BTD: Tensor) -> Tensor:
     if segments is not None:
         counted_BT &= segments >= 0
     return counted_BT
+
+
+def _disturbed(batch: Batch, share: float, special: Tokens) -> dict[str, Tensor]:
+    """The inputs with a share of the tokens swapped for others; the same ones whenever the batch comes again."""
+    inputs, kept = dict(batch.inputs), {special.pad, special.bos, special.decoder_start, special.mask, *special.eos}
+    for name in ("input_ids", "decoder_input_ids"):
+        if name not in inputs:
+            continue
+        ids_BT = inputs[name].cpu()
+        counted_BT = _tokens(batch, name.removesuffix("input_ids"), inputs[name]).cpu()
+        for token in kept - {None}:
+            counted_BT &= ids_BT != token
+        some_N = ids_BT[counted_BT]
+        draw = torch.Generator().manual_seed(int(some_N.sum()))
+        others_N = some_N[torch.randperm(len(some_N), generator=draw)]
+        hit_N = torch.rand(len(some_N), generator=draw) < share
+        inputs[name] = ids_BT.masked_scatter(counted_BT, torch.where(hit_N, others_N, some_N)).to(inputs[name].device)
+    return inputs
 
 
 def _with_rest(log_p_NK: Tensor) -> Tensor:
