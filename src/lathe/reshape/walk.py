@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lathe.model.block import Surroundings
 from lathe.model.loss import IGNORED
@@ -76,6 +77,16 @@ class _Reached(Exception):
     """The call that was waited for has been made."""
 
 
+def _run_until(handle: RemovableHandle, model: Transformer, batch: Batch) -> None:
+    """Run a batch until a hook has what it waited for, and remove the hook."""
+    try:
+        model(**batch)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+
+
 def stack_of(model: Transformer, name: str) -> TransformerStack:
     """A model's encoder or decoder."""
     stack = model.get_submodule(name)
@@ -99,12 +110,7 @@ def entered(model: Transformer, name: str, batch: Batch, memory_BSD: Tensor | No
         raise _Reached
 
     handle = stack.register_forward_pre_hook(caught, with_kwargs=True)
-    try:
-        model(**batch)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
+    _run_until(handle, model, batch)
     given, named = calls[0]
     return Held(*stack.enter(*given, **{key: value for key, value in named.items() if key != "trace"}))
 
@@ -118,12 +124,7 @@ def left(model: Transformer, batch: Batch) -> Tensor:
         raise _Reached
 
     handle = stack_of(model, list(model.architecture.stacks)[-1][0]).register_forward_hook(caught)
-    try:
-        model(**batch)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
+    _run_until(handle, model, batch)
     return ends[0]
 
 
