@@ -571,7 +571,7 @@ def heal(
         teacher: the model before the cut, with the same vocabulary; it is not changed.
         data: a file that `lathe.data.read` opens.
         folder: keep the run there, so that it can be killed and, called again, goes on; nowhere where left out.
-        settings: fields of `lathe.reshape.heal.HealSettings`: `steps=500`, `tokens=`, `lr=3e-4`, `weight=0.9`,
+        settings: fields of `lathe.reshape.heal.HealSettings`: `steps=500`, `tokens=`, `lr=2e-3`, `weight=0.9`,
             `hidden=0.1`, `rows=16`, `length=128`.
 
     Raises:

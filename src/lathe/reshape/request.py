@@ -3,7 +3,7 @@
     d_model=384 d_ff=1024            fields of the architecture
     calibrate=corpus.txt calibrate.tokens=100000 calibrate.field=document
     calibrate=pairs.jsonl calibrate.source=en calibrate.target=ko calibrate.prefix="translate: "
-    data=held-out.txt heal=corpus.txt heal.steps=500 heal.lr=3e-4
+    data=held-out.txt heal=corpus.txt heal.steps=500 heal.lr=2e-3
     method=select search=0 objective=masked objective.rate=0.2 seed=1
     max_parameters=30M               a budget in place of sizes; also max_bytes=40MB, max_latency=12, budget.effort=3
     vocabulary=text.txt words=[a,b] multiple_of=64     which tokens, beside vocab_size=
