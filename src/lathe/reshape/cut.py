@@ -53,6 +53,7 @@ def plan_width(
     """
     operations = []
     fits = method != "truncate" if refitted is None else refitted
+    steps = 0 if search is None and not fits else search
     for field, group, old, wanted in (
         ("d_model", "residual", done.d_model, target.d_model),
         ("embedding.d_embed", "embed", done.embedding.d_embed, target.embedding.d_embed),
@@ -60,11 +61,7 @@ def plan_width(
         if old is None or wanted is None or wanted == old:
             continue
         if wanted < old:
-            operations.append(
-                Operation(
-                    {field: wanted}, _cutting(field, group, wanted, method, fits, search if fits or search else 0)
-                )
-            )
+            operations.append(Operation({field: wanted}, _cutting(field, group, wanted, method, fits, steps)))
         elif group == "embed":
             raise RequestError(f"d_embed={wanted}: this model has {old}, and it can only be cut; give a smaller number")
     return operations

@@ -16,7 +16,7 @@ a reader fitted to it gets it back. Three things are put right here.
 
 The division by ‖Qᵀx̂‖ differs from token to token, so the sum is over some thousands of them and not over a second
 moment. Every eighth of these is held out: the basis is taken only if it loses less there. Measured on trained models
-this takes back a third of what the principal basis costs at half of the width (docs/reshaping.md).
+this takes back a third and more of what the principal basis costs at half of the width (docs/reshaping.md).
 """
 
 from __future__ import annotations
