@@ -38,6 +38,21 @@ def test_the_loss_is_the_weighted_sum(shape: Callable, batches: Callable):
         assert loss.item() == pytest.approx(0.25 * divergence.item() + 0.75 * hard.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("at_once", [1, 100, 2**18])
+def test_the_gradient_is_that_of_the_plain_formula(
+    shape: Callable, batches: Callable, at_once: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("lathe.train.distil._AT_ONCE", at_once)
+    teacher, student = (Transformer(shape("t5")[0], seed=seed).eval() for seed in (1, 0))
+    batch, loss_fn = next(batches("t5")), Distillation(teacher, weight=1.0, temperature=2.0)
+    ours = torch.autograd.grad(loss_fn(student, batch)[0], list(student.parameters()))
+    p, q = ((label_logits(each, batch)[0] / 2.0).softmax(-1) for each in (teacher, student))
+    plain = torch.autograd.grad(4.0 * (p.detach() * (p.detach() / q).log()).sum(-1).mean(), list(student.parameters()))
+    for one, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
 @pytest.mark.parametrize("name", ["t5", "bert", "gpt2"])
 def test_hidden_states_of_any_two_widths_are_compared(shape: Callable, batches: Callable, name: str):
     architecture = shape(name)[0]

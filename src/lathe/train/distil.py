@@ -23,6 +23,7 @@ Shape suffixes: B batch, T positions, D d_model, N labels that count, V vocabula
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,8 @@ from lathe.errors import RequestError
 from lathe.model.output import Output
 from lathe.model.transformer import Transformer
 from lathe.train.loss import label_logits, mean_loss
+
+_AT_ONCE = 2**18  # logits
 
 
 class Distillation:
@@ -97,13 +100,42 @@ class Distillation:
         return loss, len(targets_N)
 
     def _divergence(self, student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
-        student = F.log_softmax(student_NV / self.temperature, dim=-1)
-        teacher = F.log_softmax(teacher_NV / self.temperature, dim=-1)
-        if self.top_k is not None:
+        if self.temperature != 1.0:
+            student_NV, teacher_NV = student_NV / self.temperature, teacher_NV / self.temperature
+        if self.top_k is None:
+            total = cast(Tensor, _Divergence.apply(student_NV, teacher_NV))  # type: ignore[no-untyped-call]
+        else:
+            student, teacher = F.log_softmax(student_NV, dim=-1), F.log_softmax(teacher_NV, dim=-1)
             likeliest = teacher.topk(self.top_k, dim=-1).indices
             student, teacher = (_with_rest(each.gather(-1, likeliest)) for each in (student, teacher))
-        divergence = F.kl_div(student, teacher, log_target=True, reduction="sum") / max(len(student), 1)
-        return divergence * self.temperature**2
+            total = F.kl_div(student, teacher, log_target=True, reduction="sum")
+        return total / max(len(student_NV), 1) * self.temperature**2
+
+
+class _Divergence(torch.autograd.Function):
+    """KL(teacher ‖ student) of two N × V logits, summed over N.
+
+    Its gradient is the difference of the two distributions, which are at hand while the sum is made. So both come of
+    one pass over a few rows at a time, which stay in the cache; all that is kept until the backward pass is the
+    gradient. No gradient goes to the teacher.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
+        rows = max(_AT_ONCE // student_NV.shape[-1], 1)
+        total, slope_NV = student_NV.new_zeros(()), torch.empty_like(student_NV)
+        for ours, theirs, slope in zip(*(each.split(rows) for each in (student_NV, teacher_NV, slope_NV)), strict=True):
+            student, teacher = F.log_softmax(ours, dim=-1), F.log_softmax(theirs, dim=-1)
+            p = teacher.exp()
+            total += teacher.sub_(student).flatten() @ p.flatten()
+            torch.sub(student.exp_(), p, out=slope)
+        ctx.save_for_backward(slope_NV)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None]:
+        (slope_NV,) = ctx.saved_tensors
+        return slope_NV * outer[0], None
 
 
 def _hidden_difference(student: Output, teacher: Output, batch: Batch) -> Tensor:
