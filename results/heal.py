@@ -100,7 +100,7 @@ def _trained(request: RunSettings, size: int, tokens: int | None, folder: Path, 
         steps = tokens // ((request.data.rows or 1) * request.data.length)
         changes["schedule.warmup"] = min(request.schedule.warmup, steps // 10)
     changes |= {"architecture.d_model": size} if start is None else {"model": str(start)}
-    open_job(asked(request, out=str(folder), **changes)).run(resume=(folder / "checkpoints").exists())
+    open_job(asked(request, out=str(folder), **changes)).run(resume=folder.exists())
     return folder / "checkpoints/last"
 
 

@@ -36,7 +36,8 @@ from lathe.model.output import Output
 from lathe.model.transformer import Transformer
 from lathe.train.loss import label_logits, mean_loss
 
-_AT_ONCE = 2**18  # logits
+_AT_ONCE = {"cpu": 2**18}  # logits, by the device's type; what a core's cache holds
+_AT_ONCE_ELSEWHERE = 2**26  # few launches count for more
 
 
 class Distillation:
@@ -116,13 +117,14 @@ class _Divergence(torch.autograd.Function):
     """KL(teacher ‖ student) of two N × V logits, summed over N.
 
     Its gradient is the difference of the two distributions, which are at hand while the sum is made. So both come of
-    one pass over a few rows at a time, which stay in the cache; all that is kept until the backward pass is the
+    one pass over a few rows at a time, which stay in a core's cache; all that is kept until the backward pass is the
     gradient. No gradient goes to the teacher.
     """
 
     @staticmethod
     def forward(ctx: Any, student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
-        rows = max(_AT_ONCE // student_NV.shape[-1], 1)
+        at_once = _AT_ONCE.get(student_NV.device.type, _AT_ONCE_ELSEWHERE)
+        rows = max(at_once // student_NV.shape[-1], 1)
         total, slope_NV = student_NV.new_zeros(()), torch.empty_like(student_NV)
         for ours, theirs, slope in zip(*(each.split(rows) for each in (student_NV, teacher_NV, slope_NV)), strict=True):
             student, teacher = F.log_softmax(ours, dim=-1), F.log_softmax(theirs, dim=-1)
