@@ -631,8 +631,8 @@ def _from_adapter(directory: str | Path, device: torch.device | str | None, dtyp
 def _as_batch(model: Model, given: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     if not isinstance(given, Tensor):
         return given
-    both = model.encoder is not None and model.decoder is not None
-    return {"input_ids": given, "labels": given} if both else {"input_ids": given}
+    writes = model.encoder is not None and model.decoder is not None and model.head.language is not None
+    return {"input_ids": given, "labels": given} if writes else {"input_ids": given}
 
 
 class _ObjectSource:

@@ -10,6 +10,7 @@ Shape suffixes: B batch, T positions, D d_model, N tokens, I inputs.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -76,10 +77,10 @@ def pass_text(model: Transformer, batches: Sequence[Batch], layers: Sequence[str
         rest = [layer for layer in layers if layer not in done]
         if rest:
             moments = Moments()
-            current: list[Batch] = []
-            with _heard(model, rest, moments, lambda layer, x: _rows_of(model, layer, x, current[0])):
+            outside = _Outside(model)
+            with _heard(model, rest, moments, outside.rows):
                 for batch in batches:
-                    current[:] = [batch]
+                    outside.now(batch)
                     model(**batch)
             quantise(moments)
     model.train(training)
@@ -93,7 +94,6 @@ def _pass_stack(
     quantise: Quantise,
 ) -> None:
     held = [entered(model, name, batch) for batch in batches]
-    both = model.encoder is not None and model.decoder is not None
     for numbers, layers in units:
         moments = Moments()
         current: list[int] = [0]
@@ -101,7 +101,7 @@ def _pass_stack(
         def rows(layer: str, x: Tensor, current: list[int] = current) -> Tensor:
             # Keys and values of cross-attention are read off the encoder.
             reads = "encoder" if ".cross_attention." in layer and layer.endswith((".k", ".v")) else name
-            return token_rows(reads, x.shape[:-1], batches[current[0]], both=both)
+            return token_rows(model, reads, x.shape[:-1], batches[current[0]])
 
         with _heard(model, layers, moments, rows):
             passed = []
@@ -149,15 +149,25 @@ def _heard(
             handle.remove()
 
 
-def _rows_of(model: Transformer, layer: str, x: Tensor, batch: Batch) -> Tensor:
-    """Which rows count of a layer outside of the stacks: of the head those that it is asked about."""
-    if layer.startswith("head."):
-        return asked_rows(model, x.shape[:-1], batch)
-    both = model.encoder is not None and model.decoder is not None
-    side = next(iter(dict(model.architecture.stacks)))
-    if both and x.shape[:2] != batch["input_ids"].shape:
-        side = "decoder"
-    return token_rows(side, x.shape[:-1], batch, both=both)
+class _Outside:
+    """Which rows count of layers that are in no stack."""
+
+    def __init__(self, model: Transformer) -> None:
+        self._model, self._stacks = model, list(dict(model.architecture.stacks))
+        self._batch: Batch = {}
+        self._times: Counter[str] = Counter()
+
+    def now(self, batch: Batch) -> None:
+        """The next batch is about to run."""
+        self._batch, self._times = batch, Counter()
+
+    def rows(self, layer: str, x: Tensor) -> Tensor:
+        """Of a head's layer those that it is asked about; what lifts the embeddings runs once for each stack."""
+        if layer.startswith("head."):
+            return asked_rows(self._model, x.shape[:-1], self._batch)
+        stack = self._stacks[self._times[layer]]
+        self._times[layer] += 1
+        return token_rows(self._model, stack, x.shape[:-1], self._batch)
 
 
 def _positions(batch: Batch) -> int:

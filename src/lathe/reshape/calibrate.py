@@ -22,6 +22,7 @@ from lathe.errors import RequestError
 from lathe.model.transformer import Transformer
 from lathe.reshape.spill import Tensors
 from lathe.reshape.stream import blank, run_text
+from lathe.reshape.walk import token_rows
 
 Batch = Mapping[str, Tensor]
 
@@ -95,7 +96,9 @@ def moments(
         centred = isinstance(model.get_submodule(norm), nn.LayerNorm)
 
         def listen(given: Tensor, out: Tensor) -> None:
-            rows = token_rows(given, norm, current)
+            # What lifts the embeddings is in no stack: it runs for one after the other.
+            place = stack if norm.startswith("embedding.") else norm
+            rows = token_rows(model, place, given.shape[:-1], current)
             if isinstance(model.get_submodule(norm), nn.Linear):  # no norm divides what it reads
                 read_ND = given.detach().flatten(0, -2)[rows].to("cpu", torch.float64)
                 gathered.add(norm, read_ND)
@@ -109,10 +112,11 @@ def moments(
         return listen
 
     current: Batch = {}
+    stack = ""
 
-    def hear(batch: Batch) -> None:
-        nonlocal current
-        current = batch
+    def hear(batch: Batch, running: str) -> None:
+        nonlocal current, stack
+        current, stack = batch, running
 
     training = model.training
     model.eval()
@@ -122,18 +126,6 @@ def moments(
     if not gathered.tokens:
         raise RequestError("the calibration text is empty; give calibrate=FILE, text such as the model is used on")
     return gathered
-
-
-def token_rows(x: Tensor, norm: str, batch: Batch) -> Tensor:
-    """Which rows of a norm's input are tokens, flattened; pads would count as text otherwise."""
-    side = "decoder_" if norm.startswith("decoder") and "decoder_input_ids" in batch else ""
-    counted = torch.ones(x.shape[:-1], dtype=torch.bool)
-    mask, segments = batch.get(f"{side}attention_mask"), batch.get(f"{side}segment_ids")
-    if mask is not None and mask.shape == counted.shape:
-        counted &= mask.cpu().bool()
-    if segments is not None and segments.shape == counted.shape:
-        counted &= segments.cpu() >= 0  # packed rows number their pads −1
-    return counted.flatten()
 
 
 # What passes a module: its first input and its output.

@@ -96,16 +96,17 @@ def _predicted(model: Transformer, batches: Sequence[Batch], kind: str) -> Itera
     ends = last_streams(model, batches)
     with nullcontext() if kind == "stream" else heads_held(model):
         for batch, left_BTD in ends:
-            rows_ND = left_BTD.flatten(0, 1)[asked_rows(model, left_BTD.shape[:2], batch)]
+            asked = asked_rows(model, left_BTD.shape[:2], batch)
             if kind == "stream":
-                yield rows_ND
+                yield left_BTD.flatten(0, 1)[asked]
             elif kind == "labels":
                 with standing(model, left_BTD):
                     logits: Tensor = model(**batch).logits
-                yield logits.flatten()[:, None]
+                yield (logits.flatten(0, 1)[asked] if model.head.token == "each" else logits).reshape(-1, 1)
             else:
                 head = model.head.language
                 assert head is not None
-                for part_ND in rows_ND.split(max(_AT_ONCE // model.architecture.embedding.vocab_size, 1)):
+                at_once = max(_AT_ONCE // model.architecture.embedding.vocab_size, 1)
+                for part_ND in left_BTD.flatten(0, 1)[asked].split(at_once):
                     given: Tensor = head(part_ND[None], model.embedding.tokens)[0]
                     yield given

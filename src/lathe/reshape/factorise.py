@@ -27,13 +27,13 @@ from torch import Tensor
 from lathe.architecture import Architecture
 from lathe.errors import RequestError
 from lathe.model.transformer import Transformer
-from lathe.reshape.calibrate import Batch, moments, token_rows, unit
+from lathe.reshape.calibrate import Batch, moments, unit
 from lathe.reshape.operation import Operation, measured, plain
 from lathe.reshape.prune import Activity, activities
 from lathe.reshape.state import State, Step, blocks, multiply
 from lathe.reshape.stream import heads_held, last_streams
 from lathe.reshape.transform import refit_transform, transform_rows
-from lathe.reshape.walk import read_by
+from lathe.reshape.walk import read_by, token_rows
 from lathe.reshape.width import principal, with_stored_positions
 
 _ENERGY = "share of what the text moves through the token table that is kept"
@@ -185,14 +185,14 @@ def _with_head(
 
 def _read_by_output(model: Transformer, batches: Sequence[Batch]) -> Tensor:
     """The second moment of what the head's table reads over the text."""
-    seen, training = Activity(), model.training
+    seen, training, last = Activity(), model.training, list(model.architecture.stacks)[-1][0]
     model.eval()
     with torch.no_grad():
         ends = last_streams(model, batches)
         with heads_held(model):
             for batch, left_BTD in ends:
                 given = read_by(model, _OUTPUT, batch, left_BTD)
-                seen.add(given.flatten(0, -2)[token_rows(given, _OUTPUT, batch)])
+                seen.add(given.flatten(0, -2)[token_rows(model, last, given.shape[:-1], batch)])
     model.train(training)
     if not seen.tokens:
         raise RequestError("the calibration text is empty; give calibrate=FILE, text such as the model is used on")

@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from lathe.architecture import Architecture, Attention, Stack
 from lathe.errors import RequestError
 from lathe.model.transformer import Transformer
-from lathe.reshape.calibrate import Batch, listening, token_rows
+from lathe.reshape.calibrate import Batch, listening
 from lathe.reshape.grow_heads import prefixes
 from lathe.reshape.operation import Operation, by_stack, measured, plain
 from lathe.reshape.spill import Tensors
 from lathe.reshape.state import State, Step
 from lathe.reshape.stream import blank, run_text
+from lathe.reshape.walk import token_rows
 
 _RIDGE = 1e-4
 _ENERGY = "share of the energy that each output matrix still writes"
@@ -85,13 +86,14 @@ def activities(model: Transformer, batches: Iterable[Batch], writers: list[str])
     gathered = {name: Activity(products, name) for name in writers}
     current: Batch = {}
 
-    def hear(batch: Batch) -> None:
+    def hear(batch: Batch, _: str) -> None:
         nonlocal current
         current = batch
 
     def listener(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def listen(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            gathered[name].add(inputs[0].flatten(0, -2)[token_rows(inputs[0], name, current)])
+            rows = token_rows(model, name, inputs[0].shape[:-1], current)
+            gathered[name].add(inputs[0].flatten(0, -2)[rows])
 
         return listen
 

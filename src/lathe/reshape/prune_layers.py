@@ -17,10 +17,11 @@ from lathe.architecture import Architecture, Stack
 from lathe.blueprint import stored
 from lathe.errors import RequestError
 from lathe.model.transformer import Transformer
-from lathe.reshape.calibrate import Batch, token_rows
+from lathe.reshape.calibrate import Batch
 from lathe.reshape.operation import Operation, by_stack, measured
 from lathe.reshape.state import State, Step
 from lathe.reshape.stream import advance, entering
+from lathe.reshape.walk import token_rows
 
 
 def plan_layers(done: Architecture, target: Architecture) -> list[Operation]:
@@ -88,14 +89,13 @@ def layer_importance(model: Transformer, batches: Iterable[Batch], stack_name: s
         for layer in range(stack.n_layers):
 
             def count(number: int, before_BTD: Tensor, after_BTD: Tensor, layer: int = layer) -> None:
-                rows = token_rows(before_BTD, stack_name, every[number])
+                rows = token_rows(model, stack_name, before_BTD.shape[:2], every[number])
                 one, other = (x.flatten(0, -2)[rows].to("cpu", torch.float64) for x in (before_BTD, after_BTD))
                 total[layer] += (1 - torch.cosine_similarity(one, other, dim=-1)).sum()
 
             advance(model, stack_name, streams, layer, count)
         for number, batch in enumerate(every):
-            shape = (*streams.shape(number), 1)
-            tokens += int(token_rows(torch.empty(shape, device="meta"), stack_name, batch).sum())
+            tokens += int(token_rows(model, stack_name, streams.shape(number), batch).sum())
     model.train(training)
     if not tokens:
         raise RequestError("the calibration text is empty; give calibrate=FILE, text such as the model is used on")

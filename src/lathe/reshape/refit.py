@@ -129,17 +129,16 @@ def _layers(work: Fitting, name: str, end: int) -> Parts:
 
 
 def _rows(work: Fitting, name: str) -> Callable[[int], Tensor]:
-    both = work.child.encoder is not None and work.child.decoder is not None
 
     def rows(number: int) -> Tensor:
-        return token_rows(name, work.streams[1].shape(number), work.batches[number], both=both)
+        return token_rows(work.child, name, work.streams[1].shape(number), work.batches[number])
 
     return rows
 
 
 def _memory_rows(work: Fitting, number: int) -> Tensor:
     batch = work.batches[number]
-    return token_rows("encoder", shape_of(work.child, "encoder", batch), batch, both=True)
+    return token_rows(work.child, "encoder", shape_of(work.child, "encoder", batch), batch)
 
 
 def _sublayer(work: Fitting, name: str, stack: Stack, path: str, end: int) -> None:
@@ -188,7 +187,6 @@ def _norm(work: Fitting, norm: str, site: Site, into: Tensor | None = None) -> N
 
 def _entering(work: Fitting, name: str) -> Site:
     """A stack's input."""
-    both = work.child.encoder is not None and work.child.decoder is not None
 
     def run(ears: Mapping[str, Ear], number: int, which: int) -> None:
         model = (work.parent, work.child)[which]
@@ -198,7 +196,7 @@ def _entering(work: Fitting, name: str) -> Site:
 
     def rows(number: int) -> Tensor:
         batch = work.batches[number]
-        return token_rows(name, shape_of(work.child, name, batch), batch, both=both)
+        return token_rows(work.child, name, shape_of(work.child, name, batch), batch)
 
     return Site(run, rows, lambda model: (model.embedding, stack_of(model, name).input))
 

@@ -159,10 +159,9 @@ def _transform_rows(work: Fitting, name: str) -> tuple[Tensor, Tensor, Tensor, T
     assert head.transform is not None
     assert head.norm is not None
     rows: dict[str, list[Tensor]] = {"x": [], "old": [], "asked": [], "streams": []}
-    both = work.child.encoder is not None and work.child.decoder is not None
     for number in range(work.n_fitted):
         shape, batch = work.streams[1].shape(number), work.batches[number]
-        mask = token_rows(name, shape, batch, both=both)
+        mask = token_rows(work.child, name, shape, batch)
         child, parent = (
             stack_of(model, name).leave(work.streams[which][number].x_BTD).flatten(0, 1)[mask] * scale
             for which, model, scale in zip((1, 0), (work.child, work.parent), _scales(work))

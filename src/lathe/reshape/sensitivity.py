@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from lathe.model.transformer import Transformer
-from lathe.reshape.calibrate import Batch, Ear, heard, token_rows, unit
+from lathe.reshape.calibrate import Batch, Ear, heard, unit
 from lathe.reshape.spill import Tensors
 from lathe.reshape.stream import StreamedTransformer, blank, heads_held
-from lathe.reshape.walk import asked_rows, left, stack_of, standing
+from lathe.reshape.walk import asked_rows, left, stack_of, standing, token_rows
 
 _MOST_TOKENS = 2048  # of a batch, at once
 _MOST_LOGITS = 2**22  # 16 MiB
@@ -82,9 +82,8 @@ class _Norm:
         self._name, self._every, self._seen = name, max(every, 1), seen
         self._passed = 0
 
-    def listen(self, given: Tensor, out: Tensor, batch: Batch, *, centred: bool) -> None:
-        """What passes the norm once; layers that share it let it pass several times."""
-        tokens = token_rows(out.detach(), self._name, batch)
+    def listen(self, given: Tensor, out: Tensor, tokens: Tensor, *, centred: bool) -> None:
+        """What passes the norm once, and which of its rows are tokens; where layers share it, several times."""
         every_ND = given.detach().flatten(0, -2)[tokens]
         rows_ND = unit(every_ND[-self._passed % self._every :: self._every], centred=centred).cpu().float()
         self._passed += len(every_ND)
@@ -114,7 +113,7 @@ def _forward_and_back(model: Transformer, batch: Batch, norms: Mapping[str, _Nor
 
         def hear(given: Tensor, out: Tensor) -> None:
             if listens:  # not when the backward pass runs a layer again
-                norms[name].listen(given, out, batch, centred=centred)
+                norms[name].listen(given, out, token_rows(model, name, out.shape[:-1], batch), centred=centred)
 
         return hear
 

@@ -32,13 +32,13 @@ from lathe.blueprint import stored
 from lathe.errors import RequestError
 from lathe.model.transformer import Transformer
 from lathe.reshape.align import align_attention, align_feed_forward
-from lathe.reshape.calibrate import Batch, token_rows
+from lathe.reshape.calibrate import Batch
 from lathe.reshape.divergence import Divergence
 from lathe.reshape.operation import Context, Operation
 from lathe.reshape.spill import Tensors
 from lathe.reshape.state import ENDS, State, Step
 from lathe.reshape.stream import blank, entering, held, layer_parts, model_of
-from lathe.reshape.walk import split, through
+from lathe.reshape.walk import split, through, token_rows
 
 SHARE_METHODS = ("mean", "middle")
 _KINDS = ("attention", "cross_attention", "feed_forward")
@@ -315,7 +315,7 @@ def _one_pass(
         path, _, leaf = name.rpartition(".")
         wanted = said[name]
         if path in owner and leaf in leaves:
-            rows = token_rows(given, name, current)
+            rows = token_rows(teacher, name, given.shape[:-1], current)
             x, made, should = (t.detach().flatten(0, -2)[rows] for t in (given, out, wanted))
             target = f"{owner[path]}.{leaf}"
             if leaf == "norm":

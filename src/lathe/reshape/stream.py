@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from lathe.reshape.walk import Streams, entered, stack_of, through
 
 if TYPE_CHECKING:
     from lathe.reshape.calibrate import Batch
+
+# Told which batch is about to run, and through which stack.
+Hear: TypeAlias = "Callable[[Batch, str], None]"
 
 
 class StreamedTransformer(Transformer):
@@ -167,15 +170,13 @@ def entering(model: Transformer, name: str, batches: Sequence[Batch], *, memorie
     return _entering(model, name, batches, _deaf, memories)
 
 
-def _entering(
-    model: Transformer, name: str, batches: Sequence[Batch], hear: Callable[[Batch], None], memories: Streams | None
-) -> Streams:
+def _entering(model: Transformer, name: str, batches: Sequence[Batch], hear: Hear, memories: Streams | None) -> Streams:
     if memories is None and name == "decoder" and model.encoder is not None:
         memories = left_by(model, "encoder", batches, hear=hear)
     streams = Streams(blank(model))
     with held(model, [model.embedding, stack_of(model, name).input]):
         for number, batch in enumerate(batches):
-            hear(batch)
+            hear(batch, name)
             streams.add(entered(model, name, batch, None if memories is None else memories[number].x_BTD))
     return streams
 
@@ -206,9 +207,7 @@ def advance(
             streams.move(number, after_BTD)
 
 
-def left_by(
-    model: Transformer, name: str, batches: Sequence[Batch], *, hear: Callable[[Batch], None] | None = None
-) -> Streams:
+def left_by(model: Transformer, name: str, batches: Sequence[Batch], *, hear: Hear | None = None) -> Streams:
     """What a stack leaves of each batch, after its last norm: `[number].x_BTD`."""
     hears = hear or _deaf
     streams = _entering(model, name, batches, hears, None)
@@ -218,12 +217,12 @@ def left_by(
         layers = range(spec.n_layers)
         with held(model, layer_parts(model, name, layers)):
             for number, batch in enumerate(batches):
-                hears(batch)
+                hears(batch, name)
                 streams.move(number, through(model, name, streams[number], layers))
     else:
         for layer in range(spec.n_layers):
-            advance(model, name, streams, layer, hear=lambda number: hears(batches[number]))
-    leaving(model, name, streams, hear=lambda number: hears(batches[number]))
+            advance(model, name, streams, layer, hear=lambda number: hears(batches[number], name))
+    leaving(model, name, streams, hear=lambda number: hears(batches[number], name))
     return streams
 
 
@@ -246,9 +245,7 @@ def last_streams(model: Transformer, batches: Iterable[Batch]) -> Iterator[tuple
     return _last_streams(model, batches, _deaf)
 
 
-def _last_streams(
-    model: Transformer, batches: Iterable[Batch], hear: Callable[[Batch], None]
-) -> Iterator[tuple[Batch, Tensor]]:
+def _last_streams(model: Transformer, batches: Iterable[Batch], hear: Hear) -> Iterator[tuple[Batch, Tensor]]:
     name, spec = list(model.architecture.stacks)[-1]
     # The matrix that lifts both stacks' embeddings is heard for one stack after the other, wherever the model is.
     lifts_both = model.encoder is not None and name == "decoder" and model.embedding.projection is not None
@@ -259,24 +256,24 @@ def _last_streams(
 
     def one_by_one() -> Iterator[tuple[Batch, Tensor]]:
         for batch in batches:
-            hear(batch)
+            hear(batch, name)
             one = entered(model, name, batch)
             yield batch, stack_of(model, name).leave(through(model, name, one, range(spec.n_layers)))
 
     return one_by_one()
 
 
-def run_text(model: Transformer, batches: Iterable[Batch], hear: Callable[[Batch], None]) -> None:
+def run_text(model: Transformer, batches: Iterable[Batch], hear: Hear) -> None:
     """Run text through a model's stacks for those who listen to them; the heads are left out.
 
     Through a streamed model the text goes layer by layer, so a batch comes up once for each layer.
 
     Args:
-        hear: told which batch is about to run.
+        hear: told which batch is about to run, and through which stack; of a model in memory, the last one.
     """
     for _ in _last_streams(model, batches, hear):
         pass
 
 
-def _deaf(batch: Batch) -> None:
+def _deaf(batch: Batch, stack: str) -> None:
     """Nobody listens."""

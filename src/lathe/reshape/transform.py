@@ -19,7 +19,7 @@ from lathe.model.transformer import Transformer
 from lathe.reshape.calibrate import Batch
 from lathe.reshape.state import State, Step, blocks
 from lathe.reshape.stream import held, last_streams
-from lathe.reshape.walk import shape_of
+from lathe.reshape.walk import shape_of, token_rows
 from lathe.reshape.width import without_mean
 
 _BIAS = 4.0
@@ -28,7 +28,7 @@ _MOST_ROWS = 16_384
 
 
 def transform_rows(model: Transformer, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-    """The head transform's input and its norm's output over the text, N × D and N × width, float64."""
+    """The head transform's input and its norm's output at the text's tokens, N × D and N × width, float64."""
     language, name = model.head.language, list(model.architecture.stacks)[-1][0]
     assert language is not None
     assert language.transform is not None
@@ -47,11 +47,12 @@ def transform_rows(model: Transformer, batches: Iterable[Batch]) -> tuple[Tensor
     with torch.no_grad():
         ends = last_streams(model, some)
         with held(model, [language.transform, language.norm]):
-            for _, left_BTD in ends:
+            for batch, left_BTD in ends:
+                tokens = token_rows(model, name, left_BTD.shape[:2], batch)
                 x_BTD = left_BTD * language.scale if language.scale != 1.0 else left_BTD
                 old_BTE = language.norm(language.activation(language.transform(x_BTD)))
-                inputs.append(x_BTD.flatten(0, -2).double())
-                normed.append(old_BTE.flatten(0, -2).double())
+                inputs.append(x_BTD.flatten(0, -2)[tokens].double())
+                normed.append(old_BTE.flatten(0, -2)[tokens].double())
     model.train(training)
     return torch.cat(inputs).cpu(), torch.cat(normed).cpu()
 

@@ -190,30 +190,40 @@ def shape_of(model: Transformer, name: str, batch: Batch) -> torch.Size:
     return found.shape[:2]
 
 
-def token_rows(name: str, shape: torch.Size, batch: Batch, *, both: bool) -> Tensor:
+def token_rows(model: Transformer, name: str, shape: torch.Size, batch: Batch) -> Tensor:
     """Which rows of a stack's stream are tokens, flattened; pads would count as text otherwise.
 
     Args:
-        name: the stack.
-        both: whether the model has an encoder and a decoder.
+        name: the stack, or a module in it.
+        shape: rows × positions of the stream.
     """
-    side = "decoder_" if both and name == "decoder" else ""
-    mask, segments, labels = batch.get(f"{side}attention_mask"), batch.get(f"{side}segment_ids"), batch.get("labels")
+    of_two = name.partition(".")[0] == "decoder" and model.encoder is not None
+    side = "decoder_" if of_two else ""
+    mask, segments = batch.get(f"{side}attention_mask"), batch.get(f"{side}segment_ids")
     counted = torch.ones(shape, dtype=torch.bool)
     if mask is not None:
         counted &= mask.cpu().bool()
     if segments is not None:
         counted &= segments.cpu() >= 0  # packed rows number their pads −1
-    if side and mask is None and segments is None and labels is not None:
-        counted &= labels.cpu() != IGNORED
+    if of_two and mask is None and segments is None:
+        counted &= _unmarked_tokens(model, shape, batch)
     return counted.flatten()
+
+
+def _unmarked_tokens(model: Transformer, shape: torch.Size, batch: Batch) -> Tensor:
+    """Which of a decoder's positions are tokens, where no mask of its own says so: what its input is made of does."""
+    if "labels" in batch and model.head.language is not None:
+        return batch["labels"].cpu() != IGNORED
+    if "decoder_input_ids" in batch or "attention_mask" not in batch:
+        return torch.ones(shape, dtype=torch.bool)
+    read = batch["attention_mask"].cpu().bool()  # the encoder's input, moved on by the start token
+    return torch.cat((torch.ones_like(read[:, :1]), read[:, :-1]), 1)
 
 
 def asked_rows(model: Transformer, shape: torch.Size, batch: Batch) -> Tensor:
     """Which rows of the last stream the head is asked about: those with a label, or every token's."""
-    both = model.encoder is not None and model.decoder is not None
     name = "encoder" if model.decoder is None else "decoder"
-    counted = token_rows(name, shape, batch, both=both)
+    counted = token_rows(model, name, shape, batch)
     labels = batch.get("labels")
     if labels is None or labels.shape != shape or model.head.language is None:
         return counted
@@ -234,7 +244,7 @@ def split(batches: Sequence[Batch], most_tokens: int) -> tuple[list[Batch], list
     rows = sum(_rows(batch) for batch in batches)
     every = min(_HELD_EVERY, max(rows, 2))
     for batch in batches:
-        if positions >= most_tokens:
+        if positions >= most_tokens and held:
             break
         numbers = torch.arange(row, row + _rows(batch))
         row += len(numbers)
