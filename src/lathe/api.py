@@ -357,14 +357,14 @@ def resize(
     from lathe.reshape.text import TextSettings
     from lathe.reshape.vocabulary import Vocabulary
 
-    refuse_quantized(model, "resize it")
+    _require_plain(model, "resize it")
     asked = vocabulary if vocabulary is None or isinstance(vocabulary, Vocabulary) else Vocabulary(vocabulary)
     text, batches = None, []
     if isinstance(calibrate, str | os.PathLike):
         text = TextSettings(file=os.fspath(calibrate), seed=seed)
         _require_tokenizer(model, text.file)
     else:
-        calibrate = batches = [_as_batch(model, each) for each in calibrate]
+        calibrate = batches = _batches(model, calibrate)
     how: dict[str, Any] = {"method": method, "search": search, "refit": refit, "share": share}
     how |= {"seed": seed, "own_form": own_form}
     limits: dict[str, Any] = {"max_parameters": max_parameters, "max_bytes": max_bytes, "max_latency": max_latency}
@@ -467,7 +467,7 @@ def quantize(
         tables=tables,
         keep=tuple(keep),
     )
-    refuse_quantized(model, "quantise it")
+    _require_plain(model, "quantise it")
     if isinstance(calibrate, str | os.PathLike):
         from lathe.reshape.text import TextSettings, lay, read_documents
 
@@ -476,7 +476,7 @@ def quantize(
         documents, _ = read_documents(text, tokenizer, apart=False)
         batches = lay(documents, text, model.architecture, tokenizer).inputs
     else:
-        batches = [_as_batch(model, each) for each in calibrate]
+        batches = _batches(model, calibrate)
     chosen = quantise(model, settings, batches)
     return Model(
         model.architecture,
@@ -531,7 +531,7 @@ def plan_budget(
     from lathe.reshape.budget_job import plan_for
     from lathe.reshape.vocabulary import settings_ids
 
-    refuse_quantized(model, "resize it")
+    _require_plain(model, "resize it")
     limits: dict[str, Any] = {"max_parameters": max_parameters, "max_bytes": max_bytes, "max_latency": max_latency}
     settings = read_budget({**limits, "budget.effort": effort})
     if settings is None:
@@ -540,7 +540,7 @@ def plan_budget(
     if isinstance(calibrate, str | os.PathLike):
         text = os.fspath(calibrate)
     else:
-        text = [_as_batch(model, each) for each in calibrate]
+        text = _batches(model, calibrate)
     source = Model(model.architecture, model.tensors()) if adapter_names(model) else model
     return plan_for(
         source,
@@ -585,7 +585,7 @@ def heal(
     from lathe.reshape.measure import is_two_sided, logits_of
     from lathe.reshape.text import endless
 
-    refuse_quantized(model, "heal it")
+    _require_plain(model, "heal it")
     asked = HealSettings.from_dict({"file": os.fspath(data), **settings})
     tokenizer = _require_tokenizer(model, asked.file)
     history, before = model.history, None
@@ -604,6 +604,21 @@ def heal(
         is_source = digest is not None and digest == history.recipe.source.get("sha256")
         model.history = healed(history, model, tokenizer, asked, documents, result, before, is_from_source=is_source)
     return model
+
+
+def _batches(model: Model, calibrate: Iterable[Tensor | Mapping[str, Tensor]]) -> list[Mapping[str, Tensor]]:
+    from lathe.reshape.given import given_batch
+
+    return [given_batch(model, each) for each in calibrate]
+
+
+def _require_plain(model: Any, to_do: str) -> None:
+    if not isinstance(model, Model):
+        raise RequestError(
+            f"cannot {to_do}: expected a lathe.Model, not a {type(model).__name__}; lathe.load opens a directory, a "
+            "hub id or a model of transformers"
+        )
+    refuse_quantized(model, to_do)
 
 
 def _require_tokenizer(model: Model, file: str) -> Tokenizer:
@@ -626,13 +641,6 @@ def _from_adapter(directory: str | Path, device: torch.device | str | None, dtyp
     if model.architecture == checkpoint.architecture:
         model.config = dict(checkpoint.config)
     return model
-
-
-def _as_batch(model: Model, given: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    if not isinstance(given, Tensor):
-        return given
-    writes = model.encoder is not None and model.decoder is not None and model.head.language is not None
-    return {"input_ids": given, "labels": given} if writes else {"input_ids": given}
 
 
 class _ObjectSource:

@@ -186,6 +186,8 @@ WRONG: list[tuple[list[str], str]] = [
     (["bare", "new", "d_model=12", "--calibrate", "text.txt"], "holds no tokenizer"),
     (["gpt2", "new", "n_kv_heads=1", "--calibrate", "text.txt"], "n_kv_heads=none, and Lathe's own form"),
     (["nowhere/", "new", "d_ff=40"], "there is no directory"),
+    (["gpt2", "d_ff=40", "--calibrate", "text.txt"], "d_ff=40 is a change, where DST is expected"),
+    (["blown", "new", "d_ff=20", "--calibrate", "text.txt"], "holds numbers that are not finite"),
     (["gpt2", "new", "--recipe", "none.json"], "cannot read the recipe"),
     (["gpt2", "new", "--recipe", "gpt2/config.json"], "holds no recipe"),
 ]
@@ -203,12 +205,43 @@ def test_what_is_wrong_is_one_line_and_leaves_nothing(cli: Callable, here: Path,
             file.unlink()
     config = json.loads(Path("quantised/config.json").read_text(encoding="utf-8"))
     Path("quantised/config.json").write_text(json.dumps({**config, "quantization_config": {"bits": 4}}))
+    blown = lathe.load("gpt2")
+    next(blown.parameters()).data[3, 3] = float("nan")
+    blown.save("blown")
     before = sorted(path.name for path in here.iterdir())
     ran = cli("resize", *words)
     assert ran.code == 2, ran.err
     assert line in ran.err
     assert ran.err.strip().splitlines()[-1].startswith("lathe: ")
     assert sorted(path.name for path in here.iterdir()) == before
+
+
+@pytest.mark.parametrize(("text", "line"), [(None, "there is no file other.txt"), ("\n", "other.txt holds no")])
+def test_the_text_to_heal_on_is_opened_before_anything_is_cut(cli: Callable, here: Path, text: str | None, line: str):
+    if text is not None:
+        Path("other.txt").write_text(text, encoding="utf-8")
+    ran = cli("resize", "gpt2", "new", "d_ff=20", "--calibrate", "text.txt", "--heal", "other.txt")
+    assert ran.code == 2
+    assert ran.err.strip().splitlines() == [ran.err.strip()]
+    assert line in ran.err
+
+
+def test_a_bart_is_cut_on_plain_text(cli: Callable, here: Path):
+    tokenizer = train_tokenizer(documents(60, 0), 300, convention="bart")
+    tokens = {"pad": tokenizer.pad_id, "bos": tokenizer.bos_id, "eos": [tokenizer.eos_id], "mask": tokenizer.mask_id}
+    base = lathe.preset("bart-base")
+    tokens = {**base.tokens.to_dict(), **tokens, "decoder_start": tokenizer.eos_id}
+    bart = base.with_({**SIZES, "max_positions": 64, "vocab_size": tokenizer.vocab_size, "tokens": tokens})
+    lathe.Model(bart, seed=0, tokenizer=tokenizer).save("bart")
+    ran = cli("resize", "bart", "small", "d_model=12", "--calibrate", "text.txt", "--device", "cpu", "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["text"]["objective"] == "denoising"
+    asked = cli("resize", "bart", "new", "d_ff=20", "--calibrate", "text.txt", "objective=denoising", "--device", "cpu")
+    assert asked.code == 0, asked.err
+    words = ["objective=denoising", "objective.permute=true"]
+    moved = cli("resize", "bart", "no", "d_ff=20", "--calibrate", "text.txt", *words)
+    assert moved.code == 2
+    assert "objective.permute=false" in moved.err
 
 
 def test_a_disk_that_fills_up_leaves_nothing(cli: Callable, here: Path, monkeypatch: pytest.MonkeyPatch):

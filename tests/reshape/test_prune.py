@@ -228,10 +228,10 @@ def test_the_refit_loses_less_than_dropping(drawn):
 def test_bad_requests_are_one_line():
     grouped = gpt_like(n_heads=4, n_kv_heads=2, family=None)
     for architecture, changes, calibrate, message in (
-        (gpt_like(), {"d_ff": 20}, [], "calibration text is empty"),
-        (gpt_like(), {"n_layers": 1}, [], "calibration text is empty"),
+        (gpt_like(), {"d_ff": 20}, [], "fitted on text, and there is none"),
+        (gpt_like(), {"n_layers": 1}, [], "fitted on text, and there is none"),
         (gpt_like(), {"d_ff": 20}, [text(gpt_like(), rows=1, length=9)], "has 9 tokens, and fitting 20 channels"),
-        (gpt_like(n_heads=6, family=None), {"n_kv_heads": 2, "n_heads": 2}, [], "calibration text is empty"),
+        (gpt_like(n_heads=6, family=None), {"n_kv_heads": 2, "n_heads": 2}, [], "fitted on text, and there is none"),
         (gpt_like(n_heads=6, n_kv_heads=3, family=None), {"n_kv_heads": 2}, [], "choose 1"),
         (grouped, {"n_heads": 3, "n_kv_heads": 3}, [text(grouped)], "while query heads go; choose 2 or fewer"),
         (gpt_like(), {"n_layers": 0}, [], "n_layers=0: expected a whole number"),

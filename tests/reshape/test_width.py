@@ -263,7 +263,7 @@ def test_bad_requests_are_one_line():
 
 
 def test_no_calibration_text_is_refused_where_it_is_needed():
-    with pytest.raises(RequestError, match="calibration text is empty"):
+    with pytest.raises(RequestError, match="fitted on text, and there is none"):
         resize(build(gpt_like()), {"d_model": 24}, method="rotate")
     assert resize(build(gpt_like()), {"d_model": 24}, method="truncate").architecture.d_model == 24
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,9 @@ from lathe.errors import RequestError
 if TYPE_CHECKING:
     from lathe.reshape.job import Job
     from lathe.reshape.outcome import Outcome
+
+
+_FIELD = re.compile(r"[a-z_][a-z_.]*=")
 
 
 def command(
@@ -89,6 +93,8 @@ def _resize(
     from lathe.reshape.job import open_job, run_job
     from lathe.reshape.request import read_request
 
+    if _FIELD.match(destination.name) and not destination.exists():
+        raise RequestError(f"{destination} is a change, where DST is expected: lathe resize SRC DST {destination}")
     require_free(destination)
     if recipe is not None:
         job = _replay(source, words, recipe, device)

@@ -26,6 +26,11 @@ from lathe.reshape.walk import token_rows
 
 Batch = Mapping[str, Tensor]
 
+NO_TEXT = (
+    "this cut is fitted on text, and there is none: give --calibrate FILE, or calibrate= from Python, with text such "
+    "as the model is used on"
+)
+
 
 @dataclass
 class Moments:
@@ -124,7 +129,7 @@ def moments(
         run_text(model, batches, hear)
     model.train(training)
     if not gathered.tokens:
-        raise RequestError("the calibration text is empty; give calibrate=FILE, text such as the model is used on")
+        raise RequestError(NO_TEXT)
     return gathered
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from lathe.architecture import Architecture
 from lathe.errors import RequestError
 from lathe.model.transformer import Transformer
-from lathe.reshape.calibrate import Batch, moments, unit
+from lathe.reshape.calibrate import NO_TEXT, Batch, moments, unit
 from lathe.reshape.operation import Operation, measured, plain
 from lathe.reshape.prune import Activity, activities
 from lathe.reshape.state import State, Step, blocks, multiply
@@ -195,7 +195,7 @@ def _read_by_output(model: Transformer, batches: Sequence[Batch]) -> Tensor:
                 seen.add(given.flatten(0, -2)[token_rows(model, last, given.shape[:-1], batch)])
     model.train(training)
     if not seen.tokens:
-        raise RequestError("the calibration text is empty; give calibrate=FILE, text such as the model is used on")
+        raise RequestError(NO_TEXT)
     return seen.moments(centred=False)
 
 

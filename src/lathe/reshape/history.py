@@ -122,13 +122,14 @@ class History:
         found = None if held is None else quality(model, held)
         size = parameters_of(model) if parameters is None else parameters
         *first, last = steps
+        exact = all(each.exact for each in steps)  # what is measured is all of them
         for each in first:
             self.steps.append(Done(each.name, each.exact, each.detail, None, None, size, each.measures, note=each.note))
         moved = None if before is None else change(before, logits)
         self.steps.append(
             Done(
                 last.name,
-                last.exact,
+                exact,
                 last.detail,
                 moved,
                 found,

@@ -51,7 +51,7 @@ from lathe.reshape.row_length import best_length
 from lathe.reshape.spill import Tensors
 from lathe.reshape.stages import half_way
 from lathe.reshape.stream import StreamedTransformer, weights_of
-from lathe.reshape.text import Documents, TextSettings, VocabularySettings, read_documents
+from lathe.reshape.text import Documents, TextSettings, VocabularySettings, read_all, read_documents
 from lathe.reshape.vocabulary import Vocabulary
 from lathe.spec import Spec
 from lathe.text.tokenizer import Tokenizer
@@ -493,6 +493,16 @@ def _shown(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
+def _require_numbers(source: Source) -> None:
+    """Refuse weights that a training has blown up: nothing that is measured on them means anything."""
+    for name, tensor in weights_of(source.model).items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise RequestError(
+                f"{source.name}: {name} holds numbers that are not finite (NaN or infinity); take a checkpoint from "
+                "before that"
+            )
+
+
 def _with_text(
     request: ResizeRequest,
     source: Source,
@@ -509,6 +519,9 @@ def _with_text(
             f"{request.source} holds no tokenizer to read the {next(iter(texts))} text with; put its tokenizer "
             "beside it"
         )
+    _require_numbers(source)
+    if request.heal is not None and next(iter(read_all(request.heal.text)), None) is None:
+        raise RequestError(f"{request.heal.file} holds no text to heal on; give one that holds some")
     before = (expected.recipe.calibrate or {}) if expected is not None else {}
     # A replay divides the text as the first time, whatever it is measured on.
     is_apart = bool(before["apart"]) if "apart" in before else request.data is None

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lathe.architecture import Architecture, Attention, Stack
 from lathe.errors import RequestError
 from lathe.model.transformer import Transformer
-from lathe.reshape.calibrate import Batch, listening
+from lathe.reshape.calibrate import NO_TEXT, Batch, listening
 from lathe.reshape.grow_heads import prefixes
 from lathe.reshape.operation import Operation, by_stack, measured, plain
 from lathe.reshape.spill import Tensors
@@ -100,7 +100,7 @@ def activities(model: Transformer, batches: Iterable[Batch], writers: list[str])
     with listening(model, {name: listener(name) for name in writers}), torch.no_grad():
         run_text(model, batches, hear)
     if not all(each.tokens for each in gathered.values()):
-        raise RequestError("the calibration text is empty; give calibrate=FILE, text such as the model is used on")
+        raise RequestError(NO_TEXT)
     return gathered
 
 

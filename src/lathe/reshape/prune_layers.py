@@ -17,7 +17,7 @@ from lathe.architecture import Architecture, Stack
 from lathe.blueprint import stored
 from lathe.errors import RequestError
 from lathe.model.transformer import Transformer
-from lathe.reshape.calibrate import Batch
+from lathe.reshape.calibrate import NO_TEXT, Batch
 from lathe.reshape.operation import Operation, by_stack, measured
 from lathe.reshape.state import State, Step
 from lathe.reshape.stream import advance, entering
@@ -98,5 +98,5 @@ def layer_importance(model: Transformer, batches: Iterable[Batch], stack_name: s
             tokens += int(token_rows(model, stack_name, streams.shape(number), batch).sum())
     model.train(training)
     if not tokens:
-        raise RequestError("the calibration text is empty; give calibrate=FILE, text such as the model is used on")
+        raise RequestError(NO_TEXT)
     return total / tokens

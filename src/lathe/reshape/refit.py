@@ -43,7 +43,7 @@ from lathe.reshape.refit_head import fit_head, head_products, last_site
 from lathe.reshape.regress import best
 from lathe.reshape.state import State, Step
 from lathe.reshape.stream import advance, entering, layer_parts, leaving
-from lathe.reshape.walk import entered, shape_of, split, stack_of, through, token_rows
+from lathe.reshape.walk import ONE_ROW, entered, shape_of, split, stack_of, through, token_rows
 
 _MOST_TOKENS = 65_536
 
@@ -69,7 +69,7 @@ def refit(
     fitted, held = split(batches, _MOST_TOKENS)
     width = cut.architecture.d_model
     if not held:
-        return cut, [Step(f"no refit at d_model {width}", True, {}, note="one row of text cannot be split")]
+        return cut, [Step(f"no refit at d_model {width}", True, {}, note=ONE_ROW)]
     eye = torch.eye(width, dtype=torch.float64)
     for by_predictions in (False, True):
         work = Fitting(parent, cut, eye if embed else into, fitted, held, into if embed else None, by_predictions)

@@ -32,13 +32,13 @@ from lathe.blueprint import stored
 from lathe.errors import RequestError
 from lathe.model.transformer import Transformer
 from lathe.reshape.align import align_attention, align_feed_forward
-from lathe.reshape.calibrate import Batch
+from lathe.reshape.calibrate import NO_TEXT, Batch
 from lathe.reshape.divergence import Divergence
 from lathe.reshape.operation import Context, Operation
 from lathe.reshape.spill import Tensors
 from lathe.reshape.state import ENDS, State, Step
 from lathe.reshape.stream import blank, entering, held, layer_parts, model_of
-from lathe.reshape.walk import split, through, token_rows
+from lathe.reshape.walk import ONE_ROW, split, through, token_rows
 
 SHARE_METHODS = ("mean", "middle")
 _KINDS = ("attention", "cross_attention", "feed_forward")
@@ -70,7 +70,7 @@ def _run(name: str, sharing: str, method: str, context: Context, state: State) -
         return shared, [step]
     fitted_on, apart = split(context.batches, _MOST_TOKENS)
     if not apart:
-        return shared, [step, replace(_NO_REFIT, note="one row of text cannot be split")]
+        return shared, [step, replace(_NO_REFIT, note=ONE_ROW)]
     parent = context.current(state)
     fitted, second = refit_shared(parent, fitted_on, state, shared, name)
     distance = Divergence(parent, apart, torch.eye(parent.architecture.d_model, dtype=torch.float64))
@@ -267,7 +267,7 @@ def refit_shared(
     """
     stack, every = dict(shared.architecture.stacks)[stack_name], list(batches)
     if not every:
-        raise RequestError("the calibration text is empty; give text of the kind that the model is used on")
+        raise RequestError(NO_TEXT)
     teacher = _unshared(before, stack_name, parent)
     uses = {
         f"{stack_name}.{kind}.{index}": [f"{stack_name}.{kind}.{layer}" for layer in members]

@@ -45,6 +45,8 @@ _APART_EVERY = 10  # of the documents, where one file has to serve for both
 _LONGEST_ROW = 256
 _PAIR = ("source", "target")
 _MOST_UNREAD = 0.5  # of the tokens
+# Where sentences end is not kept of plain text, so they stay in their order.
+_PLAIN: Mapping[str, Mapping[str, Any]] = {"denoising": {"permute": False}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,16 +205,25 @@ def read_documents(settings: TextSettings, tokenizer: Tokenizer, *, apart: bool)
     return Documents.of_records(used, pairs=pairs), Documents.of_records(held, pairs=pairs)
 
 
+def read_all(settings: TextSettings) -> Iterator[Record]:
+    """The documents of the file as it holds them.
+
+    Raises:
+        RequestError: no such file or column, or text that is not UTF-8.
+    """
+    for found in read(settings.file, fields=settings.columns, format=settings.format):
+        first, *rest = found.values()
+        if not rest or first.strip():  # a pair that reads nothing is none
+            yield (settings.prefix + first, *rest)
+
+
 def _drawn(settings: TextSettings) -> list[Record]:
     """The documents of the file, or of its beginning where it is very large, in an order that the seed says."""
     records: list[Record] = []
     characters = 0
-    for found in read(settings.file, fields=settings.columns, format=settings.format):
-        first, *rest = found.values()
-        if rest and not first.strip():  # a pair that reads nothing
-            continue
-        records.append((settings.prefix + first, *rest))
-        characters += sum(map(len, found.values()))
+    for record in read_all(settings):
+        records.append(record)
+        characters += sum(map(len, record))
         if characters > _MOST_CHARACTERS:
             break
     random.Random(settings.seed).shuffle(records)
@@ -358,8 +369,9 @@ def natural_objective(
     """
     special = special_tokens(tokenizer, architecture)
     if asked:
+        name = str(asked.get("name"))
         settings = {key: value for key, value in asked.items() if key != "name"}
-        made = objective(str(asked.get("name")), special, **settings)
+        made = objective(name, special, **{**_PLAIN.get(name, {}), **settings})
     elif architecture.head.language is None:
         return None
     elif architecture.encoder is None:
@@ -367,12 +379,14 @@ def natural_objective(
     elif architecture.decoder is None:
         made = objective("masked", special)
     else:
-        made = objective("span_corruption" if special.sentinels else "denoising", special)
+        name = "span_corruption" if special.sentinels else "denoising"
+        made = objective(name, special, **_PLAIN.get(name, {}))
     made.fit(architecture)
     if tuple(made.reads) != ("text",):
         raise RequestError(
             f"the objective {made.name} reads {', '.join(made.reads)}, and this is plain text; choose causal, masked, "
-            "span_corruption or denoising, or name the columns of pairs: calibrate.source=en calibrate.target=ko"
+            "span_corruption or denoising with objective.permute=false, or name the columns of pairs: "
+            "calibrate.source=en calibrate.target=ko"
         )
     return made
 

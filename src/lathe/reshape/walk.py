@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lathe.reshape.calibrate import Batch
 
 _HELD_EVERY = 8
+ONE_ROW = "one row of text cannot be split, to fit on and to choose by: give more text"
 
 
 @dataclass
