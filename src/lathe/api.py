@@ -570,15 +570,17 @@ def heal(
     Args:
         teacher: the model before the cut, with the same vocabulary; it is not changed.
         data: a file that `lathe.data.read` opens.
-        folder: keep the run there, so that it can be killed and, called again, goes on; nowhere where left out.
+        folder: keep the run there, so that it can be killed and, called again with the same cut and teacher, goes on;
+            nowhere where left out.
         settings: fields of `lathe.reshape.heal.HealSettings`: `steps=500`, `tokens=`, `lr=2e-3`, `weight=0.9`,
             `hidden=0.1`, `rows=16`, `length=128`.
 
     Raises:
-        RequestError: no tokenizer, another vocabulary, an unknown setting, or text that does not fit the model.
+        RequestError: no tokenizer, another vocabulary, an unknown setting, text that does not fit the model, or a run
+            in `folder` of other models or settings.
         LatheError: the loss is no number any more, or the disk is full.
     """
-    from lathe.reshape.at_hand import healed, stored_digest
+    from lathe.reshape.at_hand import digests, healed, stored_digest
     from lathe.reshape.carry_out import healing_text
     from lathe.reshape.heal import HealSettings
     from lathe.reshape.heal import heal as run
@@ -598,11 +600,12 @@ def heal(
     documents = healing_text(asked, tokenizer, None if history is None else history.reading)
     batches = endless(documents, asked.text, model.architecture, tokenizer)
     place = None if folder is None else Path(folder)
-    result = run(model, teacher, batches, asked, place, tokenizer=tokenizer, config=model.config)
+    both = None if place is None else digests(model, teacher)
+    done = run(model, teacher, batches, asked, place, tokenizer=tokenizer, config=model.config, asked=both)
     if history is not None and before is not None:
         digest = stored_digest(teacher, teacher.directory, teacher.tokenizer)
         is_source = digest is not None and digest == history.recipe.source.get("sha256")
-        model.history = healed(history, model, tokenizer, asked, documents, result, before, is_from_source=is_source)
+        model.history = healed(history, model, tokenizer, asked, documents, done, before, is_from_source=is_source)
     return model
 
 

@@ -151,6 +151,18 @@ def test_healing_in_two_stages_replays_to_the_same_bytes(cli: Callable, here: Pa
     assert Path("kept/stage-2/metrics.jsonl").exists()
 
 
+def test_a_kept_healing_goes_on_with_its_own_cut_alone(cli: Callable, here: Path):
+    texts = ["--calibrate", "text.txt", "--heal", "text.txt", "--run", "kept", "--device", "cpu"]
+    words = [*texts, "d_model=12", "d_head=6", "heal.steps=3", "heal.rows=2", "heal.length=32"]
+    for name in ("one", "two"):
+        ran = cli("resize", "gpt2", name, *words, "search=0")
+        assert ran.code == 0, ran.err
+    assert Path("one/model.safetensors").read_bytes() == Path("two/model.safetensors").read_bytes()
+    for other in (["search=2"], ["search=0", "seed=1"]):
+        refused = cli("resize", "gpt2", "three", *words, *other)
+        assert (refused.code, "was started with cut=" in refused.err) == (2, True)
+
+
 def test_what_only_lathes_own_form_holds_is_asked_for(cli: Callable, here: Path):
     refused = cli("resize", "gpt2", "odd", "d_model=13", "--calibrate", "text.txt")
     assert refused.code == 2

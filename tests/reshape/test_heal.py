@@ -11,11 +11,14 @@ import torch
 
 import lathe
 from lathe.errors import RequestError
+from lathe.reshape import heal as healing
 from lathe.reshape.heal import HealSettings, heal
+from lathe.reshape.job import open_job
+from lathe.reshape.request import read_request
 from lathe.reshape.stages import half_way
 from lathe.reshape.text import TextSettings, endless, lay, read_documents
 from lathe.text.train import train_tokenizer
-from lathe.train import Distillation, evaluate
+from lathe.train import Distillation, evaluate, fit
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +78,147 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(parent: tuple[lathe.
     other = lathe.resize(model, method="truncate", d_model=8)
     with pytest.raises(RequestError, match="was started with"):
         heal(other, model, batches(model, settings.text), settings, tmp_path / "run", asked={"cut": "another"})
+
+
+def test_a_kept_run_tells_of_all_its_steps_however_often_it_was_called(
+    parent: tuple[lathe.Model, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model, file = parent
+    whole, broken, resumed, again = (lathe.resize(model, d_model=8, calibrate=file, refit=False) for _ in range(4))
+    asked: dict[str, Any] = {"steps": 6, "rows": 4, "length": 32, "save_every": 2}
+    lathe.heal(whole, model, file, **asked)
+
+    class Stopped(Exception):
+        pass
+
+    def stopping(*given: Any, **named: Any) -> Any:
+        def stop(report: Any) -> None:
+            if report.step == 5:
+                raise Stopped
+
+        return fit(*given, **{**named, "on_step": stop})
+
+    monkeypatch.setattr(healing, "fit", stopping)
+    with pytest.raises(Stopped):
+        lathe.heal(broken, model, file, folder=tmp_path / "run", **asked)
+    monkeypatch.setattr(healing, "fit", fit)
+    assert whole.history is not None
+    curve = whole.history.curves["healing 1"]
+    assert [step for step, _ in curve] == [1, 2, 3, 4, 5, 6]
+    for each in (resumed, again):  # one goes on at step 4, and one comes when all is done
+        lathe.heal(each, model, file, folder=tmp_path / "run", **asked)
+        assert each.history is not None
+        assert each.history.curves["healing 1"] == curve
+        assert each.history.steps[-1].name == whole.history.steps[-1].name
+        assert all(torch.equal(tensor, each.state_dict()[name]) for name, tensor in whole.state_dict().items())
+
+
+def test_a_kept_run_goes_on_with_its_own_cut_and_teacher_alone(parent: tuple[lathe.Model, Path], tmp_path: Path):
+    model, file = parent
+    other = lathe.Model(model.architecture, seed=5, tokenizer=model.tokenizer)
+    asked: dict[str, Any] = {"steps": 2, "rows": 2, "length": 32, "folder": tmp_path / "run"}
+    lathe.heal(lathe.resize(model, method="truncate", d_model=8), model, file, **asked)
+    for source, teacher, what in ((other, model, "cut"), (model, other, "teacher")):
+        cut = lathe.resize(source, method="truncate", d_model=8)
+        before = {name: tensor.clone() for name, tensor in cut.state_dict().items()}
+        with pytest.raises(RequestError, match=f"was started with {what}="):
+            lathe.heal(cut, teacher, file, **asked)
+        assert all(torch.equal(before[name], tensor) for name, tensor in cut.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_heal_in_float32_and_are_rounded_once(parent: tuple[lathe.Model, Path], dtype: torch.dtype):
+    model, file = parent
+    narrow, wide = (lathe.resize(model, method="truncate", d_model=8).to(dtype) for _ in range(2))
+    wide.float()
+    for each in (narrow, wide):
+        lathe.heal(each, model, file, steps=5, lr=1e-3, rows=2, length=32)
+    for name, tensor in wide.state_dict().items():
+        assert narrow.state_dict()[name].dtype == dtype
+        assert torch.equal(narrow.state_dict()[name], tensor.to(dtype)), name
+
+
+def test_the_teacher_is_left_as_it_was(parent: tuple[lathe.Model, Path]):
+    model, file = parent
+    modes: list[bool] = []
+    handle = model.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    for mode in (True, False):
+        model.train(mode)
+        lathe.heal(lathe.resize(model, method="truncate", d_model=8), model, file, steps=1, rows=2, length=32)
+        assert model.training is mode
+    handle.remove()
+    assert not any(modes[-1:])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_teacher_comes_to_the_students_device(parent: tuple[lathe.Model, Path]):
+    model, file = parent
+    small = lathe.resize(model, method="truncate", d_model=8).to("cuda")
+    lathe.heal(small, model, file, steps=2, rows=2, length=32)
+    assert small.device.type == "cuda"
+    assert model.device.type == "cpu"
+
+
+def test_noise_leaves_the_tokenizers_special_tokens_where_they_are(tmp_path: Path):
+    file = tmp_path / "text.txt"
+    file.write_text("\n".join(f"a lathe turns wood and stone {n} to size" for n in range(60)), encoding="utf-8")
+    tokenizer = train_tokenizer(file.read_text(encoding="utf-8").splitlines(), 90, convention="bert")
+    base = lathe.preset("bert-base-uncased", head="masked")
+    assert tokenizer.cls_id not in (base.tokens.bos, *base.tokens.eos)
+    tokens = {"tokens.pad": tokenizer.pad_id, "tokens.mask": tokenizer.mask_id}
+    sizes: dict[str, Any] = {"d_model": 16, "n_layers": 1, "n_heads": 2, "d_head": 8, "d_ff": 24, "max_positions": 64}
+    shape = base.with_({**sizes, **tokens, "vocab_size": tokenizer.vocab_size})
+    read: list[list[torch.Tensor]] = []
+    for noise in (0.0, 0.5):
+        model = lathe.Model(shape, seed=0, tokenizer=tokenizer)
+        seen: list[torch.Tensor] = []
+        model.register_forward_pre_hook(
+            lambda _, __, inputs, seen=seen: seen.append(inputs["input_ids"]), with_kwargs=True
+        )
+        lathe.heal(model, lathe.Model(shape, seed=1), file, steps=3, rows=4, length=32, noise=noise)
+        read.append(seen)
+    plain, noisy = (torch.cat([ids.flatten() for ids in each]) for each in read)
+    is_special = torch.isin(plain, torch.tensor(sorted(tokenizer.special_ids)))
+    assert {tokenizer.cls_id, tokenizer.sep_id} <= set(plain.tolist())
+    assert torch.equal(plain[is_special], noisy[is_special])
+    assert not torch.isin(noisy[~is_special], torch.tensor(sorted(tokenizer.special_ids))).any()
+    assert (plain != noisy).any()
+
+
+def test_the_stages_of_a_healing_are_the_whole_of_it():
+    assert [part.steps for part in HealSettings(file="x", steps=201).parts(2)] == [100, 101]
+    assert [part.tokens for part in HealSettings(file="x", tokens=1001).parts(2)] == [500, 501]
+    assert [part.steps for part in HealSettings(file="x").parts(2)] == [100, 100]
+    assert [(part.steps, part.stages) for part in HealSettings(file="x", steps=1).parts(2)] == [(1, 1), (1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "warmup"),
+    [
+        ({}, 10),
+        ({"steps": 400}, 20),
+        ({"steps": 3}, 1),
+        ({"tokens": 1000 * 16 * 256}, 50),
+        ({"tokens": 1000 * 4 * 32 * 2, "rows": 4, "length": 32, "accumulate": 2}, 50),
+        ({"tokens": 100}, 1),
+        ({"steps": 400, "tokens": 100 * 16 * 256}, 5),
+        ({"steps": 100, "tokens": 400 * 16 * 256}, 5),
+    ],
+)
+def test_the_rate_rises_for_a_twentieth_of_the_steps(asked: dict[str, Any], warmup: int):
+    assert HealSettings(file="x", **asked).training().schedule.warmup == warmup
+
+
+def test_more_likeliest_tokens_than_there_are_is_refused_before_anything_is_read(
+    parent: tuple[lathe.Model, Path], tmp_path: Path
+):
+    model, _ = parent
+    model.save(tmp_path / "gpt2")
+    vocab = model.architecture.embedding.vocab_size
+    words: dict[str, Any] = {"calibrate": "nowhere.txt", "heal": "nowhere.txt"}
+    for sizes, top_k in (({"d_model": 8}, vocab), ({"vocab_size": 264}, 264), ({"max_parameters": 9000}, vocab)):
+        with pytest.raises(RequestError, match=f"top_k={top_k}: expected 1 or more and below the vocabulary"):
+            open_job(read_request(str(tmp_path / "gpt2"), {**words, **sizes, "heal.top_k": top_k}))
 
 
 def test_a_grown_model_shares_no_memory_with_the_one_it_came_from(parent: tuple[lathe.Model, Path]):

@@ -56,11 +56,15 @@ class SpecialTokens(Spec):
         return token
 
     @functools.cached_property
+    def ids(self) -> frozenset[int]:
+        """Every id that is a special token."""
+        named = (self.pad, self.bos, self.eos, self.cls, self.sep, self.mask, self.decoder_start)
+        return frozenset(token for token in (*named, *self.sentinels, *self.reserved) if token is not None)
+
+    @functools.cached_property
     def ordinary(self) -> IntArray:
         """Every id that is no special token."""
-        named = (self.pad, self.bos, self.eos, self.cls, self.sep, self.mask, self.decoder_start)
-        special = {token for token in (*named, *self.sentinels, *self.reserved) if token is not None}
-        return np.setdiff1d(np.arange(self.vocab_size, dtype=np.int64), np.array(sorted(special), dtype=np.int64))
+        return np.setdiff1d(np.arange(self.vocab_size, dtype=np.int64), np.array(sorted(self.ids), dtype=np.int64))
 
     @functools.cached_property
     def continuing(self) -> NDArray[np.bool_]:

@@ -32,9 +32,8 @@ from lathe.reshape.vocabulary import Vocabulary
 from lathe.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from lathe.reshape.heal import HealSettings
+    from lathe.reshape.heal import Healing, HealSettings
     from lathe.reshape.text import Documents
-    from lathe.train.loop import TrainResult
 
 
 def stored_digest(model: Transformer, directory: Path | None, tokenizer: Tokenizer | None) -> str | None:
@@ -62,13 +61,18 @@ def in_words(asked: Vocabulary | None) -> VocabularySettings | None:
     return VocabularySettings(file=file, words=tuple(asked.words), multiple_of=asked.multiple_of)
 
 
+def digests(model: Transformer, teacher: Transformer) -> dict[str, str]:
+    """By what a run that is kept knows the cut that it began with, and its teacher."""
+    return {"cut": digest_of(folded_tensors(model)), "teacher": digest_of(folded_tensors(teacher))}
+
+
 def healed(
     history: History,
     model: Transformer,
     tokenizer: Tokenizer | None,
     settings: HealSettings,
     documents: Documents,
-    result: TrainResult,
+    done: Healing,
     before: Tensor,
     *,
     is_from_source: bool,
@@ -88,11 +92,10 @@ def healed(
         history,
         recipe=dataclasses.replace(recipe, stages=[*recipe.stages, stage], obstacle=obstacle),
         steps=list(history.steps),
-        curves={**history.curves, title: list(enumerate(result.losses, start=1))},
+        curves={**history.curves, title: done.curve},
         weights=digest_of(folded_tensors(model)),
     )
-    last = result.steps[-1]
-    made.note(model, tokenizer, [healed_step(last.step, last.tokens)], before, heals=True)
+    made.note(model, tokenizer, [healed_step(done)], before, heals=True)
     return made
 
 

@@ -23,7 +23,7 @@ from lathe.checkpoint.layout import find_weights
 from lathe.checkpoint.save import DEFAULT_SHARD_BYTES
 from lathe.data.batch import Batch
 from lathe.model.transformer import Transformer
-from lathe.reshape.heal import HealSettings, heal
+from lathe.reshape.heal import Healing, HealSettings, heal
 from lathe.reshape.history import History, Made, Reading, described, outcome_of, write
 from lathe.reshape.job import Job, Reporter, open_source, recipe_of
 from lathe.reshape.measure import (
@@ -168,39 +168,31 @@ class Work:
         asked = self.job.request.objective
         batches = endless(documents, settings.text, self.model.architecture, self.tokenizer, asked)
         number = 1 + sum("heal" in stage for stage in self.history.recipe.stages)
-        fitted = None if self.job.fitted is None else self.job.fitted.digest
-        known = {"source": self.job.source_sha256, "stages": self.history.recipe.stages, "fitted": fitted}
-        dtype, model = self.model.dtype, whole(self.model).float().to(device)
-        teacher = self.teacher if self.job.is_streamed else self.teacher.to(device)
-        title, curve = f"healing {number}", list[tuple[int, float]]()
-        total = settings.training().steps or _PARTS
-        folder = run / f"stage-{number}"
+        model, title = whole(self.model).to(device), f"healing {number}"
+        total = settings.most_steps or _PARTS
         with self.reporter.work(title, total) as advance:
             shown = 0
 
             def on_step(report: StepReport) -> None:
                 nonlocal shown
-                curve.append((report.step, report.loss))
                 done = int(report.progress * total + 1e-6)
                 advance(done - shown, f"loss {report.loss:.3f}")
                 shown = done
 
-            heal(
+            done = heal(
                 model,
-                teacher,
+                self.teacher,
                 batches,
                 settings,
-                folder,
+                run / f"stage-{number}",
                 tokenizer=self.tokenizer,
                 config=self.config,
-                asked={"cut": hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()},
+                asked={"cut": _asked_of(self.history.recipe)},
                 on_step=on_step,
             )
-        if not self.job.is_streamed:
-            self.teacher.to("cpu")
-        self.model = model.to("cpu", dtype).eval()
-        self.history.curves[title] = curve or _curve_of(folder)
-        self._measure(self.model, self.tokenizer, [healed_step(*_spent(folder))], heals=True)
+        self.model = model.to("cpu")
+        self.history.curves[title] = done.curve
+        self._measure(self.model, self.tokenizer, [healed_step(done)], heals=True)
         self._note({"heal": settings.to_dict(), "sha256": documents.digest, "documents": len(documents.texts)})
 
     def compare_with(self, then: Mapping[str, str], now: Mapping[str, str]) -> None:
@@ -283,9 +275,21 @@ def healing_text(settings: HealSettings, tokenizer: Tokenizer, reading: Reading 
     return Documents.of_records(kept, pairs=documents.targets is not None)
 
 
-def healed_step(steps: int, tokens: int) -> Step:
+def healed_step(done: Healing) -> Step:
     """The line about a healing."""
-    return Step(f"heal for {steps:,} steps on {tokens:,} tokens", False, {})
+    return Step(f"heal for {done.steps:,} steps on {done.tokens:,} tokens", False, {})
+
+
+def _asked_of(recipe: Recipe) -> str:
+    """The SHA-256 of all that the weights of a cut and of its teacher follow from, wherever the files lie by now.
+
+    The weights themselves will not do: on another number of threads the same cut has other last bits.
+    """
+    asked: dict[str, Any] = {"source": recipe.source["sha256"], "stages": recipe.stages, "how": recipe.how}
+    for name in ("calibrate", "vocabulary"):
+        asked[name] = {key: value for key, value in (getattr(recipe, name) or {}).items() if key != "file"}
+    asked |= {"seed": recipe.seed, "objective": recipe.objective}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
 def _bytes_of(job: Job) -> int:
@@ -319,13 +323,3 @@ def _card_of(directory: Path | None) -> dict[str, Any]:
         log.warning("the header of %s is not YAML (%s): its licence is not carried over", file, type(error).__name__)
         return {}
     return {key: header[key] for key in _KEPT if key in header} if isinstance(header, dict) else {}
-
-
-def _spent(run: Path) -> tuple[int, int]:
-    last = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    return int(last["step"]), int(last["tokens"])
-
-
-def _curve_of(run: Path) -> list[tuple[int, float]]:
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [(int(each["step"]), float(each["loss"])) for each in map(json.loads, lines)]

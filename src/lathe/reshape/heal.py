@@ -10,16 +10,23 @@ which differs a hundredfold between families and between a table and a matrix. S
 steps are shares of each tensor's own size (Shazeer & Stern 2018, §8): one rate serves every family, where AdamW's best
 rate for one spoils another.
 
+Weights of 16 bits heal in float32 and are rounded once, at the end: most steps are smaller than the distance from one
+number of 16 bits to the next.
+
 A run lies in a directory and can be killed at any instant: called again, it goes on where the last checkpoint is
 (`lathe.train.fit`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lathe.checkpoint.save import save_checkpoint
 from lathe.data.batches import Batches
@@ -29,7 +36,9 @@ from lathe.reshape.text import TextSettings, require_pair
 from lathe.spec import Spec, choice, share, size
 from lathe.text.tokenizer import Tokenizer
 from lathe.train.distil import Distillation
-from lathe.train.loop import StepReport, TrainResult, train
+from lathe.train.loop import StepReport, train
+from lathe.train.loss import widened
+from lathe.train.records import METRICS
 from lathe.train.run import fit
 from lathe.train.settings import OptimizerSettings, SaveSettings, ScheduleSettings, TrainSettings
 
@@ -92,36 +101,58 @@ class HealSettings(Spec):
         )
 
     @property
+    def most_steps(self) -> int | None:
+        """How many steps it takes at most; None where its tokens alone end it."""
+        return _STEPS if self.steps is None and self.tokens is None else self.steps
+
+    @property
     def most_tokens(self) -> int:
         """How many tokens the healing reads at most."""
-        if self.tokens is not None and self.steps is None:
-            return self.tokens
-        asked = (self.steps or _STEPS) * self.rows * (self.length or 256) * self.accumulate
-        return asked if self.tokens is None else min(asked, self.tokens)
+        by_steps = None if self.most_steps is None else self.most_steps * self._tokens_a_step
+        return min(each for each in (by_steps, self.tokens) if each is not None)
 
-    def part(self, parts: int) -> HealSettings:
-        """One of as many equal stages."""
-        steps = self.steps or (None if self.tokens is not None else _STEPS)
-        return replace(
-            self,
-            steps=None if steps is None else max(steps // parts, 1),
-            tokens=None if self.tokens is None else max(self.tokens // parts, 1),
-            stages=1,
-        )
+    @property
+    def _tokens_a_step(self) -> int:
+        return self.rows * (self.length or 256) * self.accumulate
+
+    def parts(self, count: int) -> list[HealSettings]:
+        """As many stages, as equal as they can be: together they are the whole."""
+        steps, tokens = _divided(self.most_steps, count), _divided(self.tokens, count)
+        return [replace(self, steps=one, tokens=other, stages=1) for one, other in zip(steps, tokens, strict=True)]
 
     def training(self) -> TrainSettings:
         """The loop's settings: a short warm-up, a cosine down to nothing."""
-        steps = self.steps or (None if self.tokens is not None else _STEPS)
+        expected = -(-self.most_tokens // self._tokens_a_step)
         return TrainSettings(
-            steps=steps,
+            steps=self.most_steps,
             tokens=self.tokens,
             optimizer=OptimizerSettings(kind=self.optimizer, lr=self.lr or _RATES[self.optimizer]),
-            schedule=ScheduleSettings(warmup=max((steps or 200) // 20, 1)),
+            schedule=ScheduleSettings(warmup=max(expected // 20, 1)),
             accumulate=self.accumulate,
             dropout=self.dropout,
             seed=self.seed,
             spike=None,  # the loss of a model that was just cut falls from high up
         )
+
+
+def _divided(budget: int | None, count: int) -> list[int | None]:
+    if budget is None:
+        return [None] * count
+    return [max(budget * (number + 1) // count - budget * number // count, 1) for number in range(count)]
+
+
+@dataclass(frozen=True)
+class Healing:
+    """How far a healing has come, however often it was interrupted.
+
+    Args:
+        steps, tokens: of all of it.
+        curve: each step, counted from 1, and its loss.
+    """
+
+    steps: int
+    tokens: int
+    curve: list[tuple[int, float]]
 
 
 def heal(
@@ -135,11 +166,11 @@ def heal(
     config: Mapping[str, Any] | None = None,
     asked: Mapping[str, Any] | None = None,
     on_step: Callable[[StepReport], None] | None = None,
-) -> TrainResult:
+) -> Healing:
     """Train `model` in place to do what `teacher` does.
 
     Args:
-        teacher: a model of the same vocabulary; it is not changed.
+        teacher: a model of the same vocabulary; it is not changed, and lent to the device of `model` meanwhile.
         batches: the text.
         folder: where the run is kept, so that it can be killed and goes on; None: nowhere.
         tokenizer, config: what the checkpoints in `folder` carry besides the weights.
@@ -149,35 +180,76 @@ def heal(
         RequestError: another vocabulary, or a run in `folder` that was asked something else.
         LatheError: the loss is no number any more, or the disk is full.
     """
-    loss = Distillation(
-        teacher.eval(),
-        weight=settings.weight,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        hidden=settings.hidden,
-        noise=settings.noise,
-    )
-    if folder is None:
-        result = train(model, batches, settings.training(), loss_fn=loss, on_step=on_step)
-        model.eval()
-        return result
+    with _wide(model), _lent(teacher, model.device):
+        loss = Distillation(
+            teacher,
+            weight=settings.weight,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            hidden=settings.hidden,
+            noise=settings.noise,
+            keep=batches.objective.special.ids,
+        )
+        if folder is None:
+            reports = train(model, batches, settings.training(), loss_fn=loss, on_step=on_step).steps
+            done = Healing(reports[-1].step, reports[-1].tokens, [(each.step, each.loss) for each in reports])
+        else:
 
-    def write(path: Path) -> None:
-        weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-        save_checkpoint(path, model.architecture, weights, tokenizer=tokenizer, config=config)
+            def write(path: Path) -> None:
+                weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+                save_checkpoint(path, model.architecture, weights, tokenizer=tokenizer, config=config)
 
-    mixture = [settings.weight, settings.temperature, settings.top_k, settings.hidden, settings.noise]
-    result = fit(
-        model,
-        batches,
-        settings.training(),
-        folder,
-        write_model=write,
-        save=SaveSettings(every=settings.save_every, keep=1),
-        loss_fn=loss,
-        resume=True,
-        asked={"distillation": mixture, **(asked or {})},
-        on_step=on_step,
-    )
+            mixture = [settings.weight, settings.temperature, settings.top_k, settings.hidden, settings.noise]
+            fit(
+                model,
+                batches,
+                settings.training(),
+                folder,
+                write_model=write,
+                save=SaveSettings(every=settings.save_every, keep=1),
+                loss_fn=loss,
+                resume=True,
+                asked={"distillation": mixture, **(asked or {})},
+                on_step=on_step,
+            )
+            done = _written(folder)
     model.eval()
-    return result
+    return done
+
+
+def _written(folder: Path) -> Healing:
+    """What the run in `folder` has written down of its steps, those of earlier processes among them."""
+    lines = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
+    curve = [(int(line["step"]), float(line["loss"])) for line in lines]
+    return Healing(curve[-1][0], int(lines[-1]["tokens"]), curve)
+
+
+@contextmanager
+def _wide(model: Transformer) -> Iterator[None]:
+    """Every weight in float32 at least; in the type that it had afterwards."""
+    tensors = [*model.parameters(), *model.buffers()]
+    narrow = [(each, each.dtype) for each in tensors if each.is_floating_point() and widened(each) is not each]
+    for tensor, _ in narrow:
+        tensor.grad = None  # of the other type
+        tensor.data = widened(tensor.data)
+    try:
+        yield
+    finally:
+        for tensor, dtype in narrow:
+            tensor.grad = None
+            tensor.data = tensor.data.to(dtype)
+
+
+@contextmanager
+def _lent(teacher: Transformer, device: torch.device) -> Iterator[None]:
+    """The teacher on a device, evaluating; where and as it was afterwards."""
+    home, was_training = teacher.device, teacher.training
+    teacher.eval()
+    if home != device:
+        teacher.to(device)
+    try:
+        yield
+    finally:
+        teacher.train(was_training)
+        if home != device:
+            teacher.to(home)

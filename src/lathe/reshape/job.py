@@ -55,6 +55,7 @@ from lathe.reshape.text import Documents, TextSettings, VocabularySettings, read
 from lathe.reshape.vocabulary import Vocabulary
 from lathe.spec import Spec
 from lathe.text.tokenizer import Tokenizer
+from lathe.train.distil import check_top_k
 
 log = logging.getLogger("lathe")
 
@@ -175,6 +176,8 @@ def open_job(request: ResizeRequest) -> Job:
     assert source.directory is not None
     architecture = source.model.architecture
     if request.budget is not None:
+        if request.heal is not None:
+            check_top_k(request.heal.top_k, architecture.embedding.vocab_size)
         return replace(_with_text(request, source, source_digest(source.directory), (), None), why_streamed=why)
     renews = request.vocabulary is not None
     target, operations = planned(architecture, request.changes, **request.how, own_form=request.own_form, renews=renews)
@@ -454,17 +457,20 @@ def _stages(architecture: Architecture, request: ResizeRequest) -> tuple[Mapping
     """What is done, in order."""
     if request.heal is None:
         return ({"resize": request.changes},)
+    if request.vocabulary is None:  # else its size is not known before it is made
+        target = _walked(architecture, ({"resize": request.changes},), request)
+        check_top_k(request.heal.top_k, target.embedding.vocab_size)
     first = None
     if request.heal.stages != 1:
         first = half_way(architecture, request.changes, {**request.how, "own_form": request.own_form})
         if first is None and request.heal.stages == 2:
             raise RequestError("heal.stages=2: nothing is cut to less than half here; leave it out, or give 1")
     if first is None:
-        return {"resize": request.changes}, {"heal": request.heal.part(1)}
-    part = request.heal.part(2)
+        return {"resize": request.changes}, {"heal": request.heal.parts(1)[0]}
+    half, other = request.heal.parts(2)
     # The vocabulary is made in the first stage, and may be larger by then than what was asked: a multiple of 64.
     rest = {name: value for name, value in request.changes.items() if not is_vocabulary(architecture, name)}
-    return {"resize": first}, {"heal": part}, {"resize": rest}, {"heal": part}
+    return {"resize": first}, {"heal": half}, {"resize": rest}, {"heal": other}
 
 
 def _walked(source: Architecture, stages: tuple[Mapping[str, Any], ...], request: ResizeRequest) -> Architecture:

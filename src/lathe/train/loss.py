@@ -42,18 +42,27 @@ def objective_loss(model: Transformer, batch: Batch) -> tuple[Tensor, int]:
             raise RequestError("the batch has no labels: nothing to learn from")
         return loss, batch.targets
     logits_NV, targets_N, output = label_logits(model, batch)
-    loss = mean_loss(logits_NV, targets_N)
-    sentence = next((batch.inputs[key] for key in SENTENCE_LABELS if key in batch.inputs), None)
-    if sentence is not None:
-        if output.seq_relationship_logits is None:
-            raise RequestError("the batch has sentence labels and the model no sentence head; add a classifier")
-        loss = loss + batch.row_weight * label_loss(output.seq_relationship_logits, sentence)
-    return loss, len(targets_N)
+    return mean_loss(logits_NV, targets_N) + sentence_loss(output, batch), len(targets_N)
 
 
 def mean_loss(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     """Mean cross-entropy in nats; 0 where there is no target."""
-    return F.cross_entropy(logits_NV.float(), targets_N, reduction="sum") / max(len(targets_N), 1)
+    return F.cross_entropy(widened(logits_NV), targets_N, reduction="sum") / max(len(targets_N), 1)
+
+
+def sentence_loss(output: Output, batch: Batch) -> Tensor | float:
+    """The loss of the labels that rows have as a whole, by the weight of the batch's rows; 0 where they have none."""
+    sentence = next((batch.inputs[key] for key in SENTENCE_LABELS if key in batch.inputs), None)
+    if sentence is None:
+        return 0.0
+    if output.seq_relationship_logits is None:
+        raise RequestError("the batch has sentence labels and the model no sentence head; add a classifier")
+    return batch.row_weight * label_loss(output.seq_relationship_logits, sentence)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """In float32, or as it is where that is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def label_logits(model: Transformer, batch: Batch) -> tuple[Tensor, Tensor, Output]:
