@@ -238,6 +238,14 @@ def test_the_text_to_heal_on_is_opened_before_anything_is_cut(cli: Callable, her
     assert line in ran.err
 
 
+def test_a_reload_of_16_bits_is_compared_in_32(cli: Callable, here: Path):
+    lathe.load("gpt2", dtype=torch.bfloat16).save("half")
+    ran = cli("resize", "half", "small", "d_ff=20", "--calibrate", "text.txt", "--device", "cpu", "--json")
+    assert ran.code == 0, ran.err
+    assert lathe.load("small").dtype == torch.bfloat16
+    assert json.loads(ran.out)["reload"]["stock"] < 1e-5
+
+
 def test_a_bart_is_cut_on_plain_text(cli: Callable, here: Path):
     tokenizer = train_tokenizer(documents(60, 0), 300, convention="bart")
     tokens = {"pad": tokenizer.pad_id, "bos": tokenizer.bos_id, "eos": [tokenizer.eos_id], "mask": tokenizer.mask_id}

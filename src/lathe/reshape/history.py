@@ -7,6 +7,7 @@ opened again and compared, there is an `Outcome`, from which pages are drawn.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.util
 import json
@@ -276,6 +277,8 @@ def _reloaded(
         return dataclasses.replace(found, note="not opened by stock transformers, which would hold the whole model")
     if importlib.util.find_spec("transformers") is None:
         return dataclasses.replace(found, note="transformers is not installed here")
+    if reloaded.dtype != torch.get_default_dtype():  # in 16 bits the two round differently: compare the weights alone
+        ours = logits_of(copy.deepcopy(reloaded).to(torch.get_default_dtype()), ids, both=both)
     return opened_by_stock(folder, found, ours, ids, both)
 
 
