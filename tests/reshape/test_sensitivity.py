@@ -148,7 +148,7 @@ def test_a_layer_is_run_again_and_not_kept() -> None:
 
     batch = text(model.architecture)
     tokens = moments(model, [batch], norms_of(model.architecture, "residual")).tokens
-    handle = model.decoder.feed_forward[0].register_forward_hook(count)
+    handle = model.decoder.feed_forward[0].register_forward_pre_hook(count)
     sensitivity(model, [batch], tokens, least_rows=10, generator=torch.Generator())
     handle.remove()
     assert runs == 2

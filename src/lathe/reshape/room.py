@@ -32,6 +32,7 @@ from lathe.reshape.width import norms_of, streams_of
 _FLOAT, _DOUBLE = 4, 8
 _GRAMS = 6  # of the widest layer: what it reads, on both halves of the text, and what solving takes
 _LOGITS = 3  # of a batch, as the loss makes them
+_WASTE = 2**28  # holes that freed tensors leave between those that stay
 _PASSING = 3  # matrices of a norm, while what one batch adds to them is added
 _ROWS = 8  # of a norm, with what the search's loss makes of them and its gradient
 _DIRECTIONS = 24  # of L-BFGS, which remembers ten steps and ten gradients, and a few more
@@ -62,7 +63,7 @@ def resize_bytes(
     if itemsize < _FLOAT:  # what is fitted, or has gradients, has more digits
         needed += _FLOAT * old
     if target.d_model < source.d_model:
-        needed += _basis_bytes(source, target, calibrate, **(how or {}))
+        needed += _WASTE + _basis_bytes(source, target, calibrate, **(how or {}))
     return needed
 
 

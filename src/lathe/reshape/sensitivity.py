@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from lathe.model.transformer import Transformer
 from lathe.reshape.calibrate import Batch, Ear, heard, token_rows, unit
-from lathe.reshape.spill import Tensors
+from lathe.reshape.spill import Tensors, release
 from lathe.reshape.stream import blank, heads_held
 from lathe.reshape.walk import asked_rows, left, stack_of, standing
 
@@ -66,10 +66,11 @@ def sensitivity(
         generator: draws the labels.
     """
     seen = Sensitivity(blank(model), blank(model))
-    asked, norms = 0, {name: _Norm(name, _every(count, least_rows), seen) for name, count in tokens.items()}
+    asked, norms = 0, {name: _Norm(name, count, least_rows, seen) for name, count in tokens.items()}
     with _recomputing(model):
         for batch in _parts(batches):
             asked += _forward_and_back(model, batch, norms, generator)
+            release()  # what is kept lies between what is not
     for name in norms:
         seen.felt[name] = seen.felt[name] / max(asked, 1)
     return seen
@@ -91,12 +92,14 @@ class _Norm:
     They are put there at once, because those of all norms together may be larger than the model.
 
     Args:
-        every: which tokens' inputs are kept; 0 for none.
+        tokens: that will pass it.
+        least: of how many the inputs are kept at least; 0 for none.
     """
 
-    def __init__(self, name: str, every: int, seen: Sensitivity) -> None:
-        self._name, self._every, self._seen = name, every, seen
-        self._passed = 0
+    def __init__(self, name: str, tokens: int, least: int, seen: Sensitivity) -> None:
+        self._name, self._seen = name, seen
+        self._every, self._all = _every(tokens, least), rows_kept(tokens, least)
+        self._passed = self._kept = 0
 
     def listen(self, given: Tensor, out: Tensor, batch: Batch, *, centred: bool) -> None:
         """What passes the norm once; layers that share it let it pass several times."""
@@ -106,16 +109,20 @@ class _Norm:
 
         def back(gradient: Tensor) -> None:
             wide = gradient.detach().flatten(0, -2)[tokens].to("cpu", torch.float64)
-            known = self._seen.felt.get(self._name)
-            self._seen.felt[self._name] = wide.T @ wide if known is None else known + wide.T @ wide
+            more_DD, known_DD = wide.T @ wide, self._seen.felt.get(self._name)
+            self._seen.felt[self._name] = more_DD if known_DD is None else known_DD.add_(more_DD)
 
         out.register_hook(back)
 
     def _keep(self, every_ND: Tensor, *, centred: bool) -> None:
         rows_ND = unit(every_ND[-self._passed % self._every :: self._every], centred=centred).cpu().float()
         self._passed += len(every_ND)
-        before = self._seen.rows.get(self._name)
-        self._seen.rows[self._name] = rows_ND if before is None else torch.cat((before, rows_ND))
+        all_ND = self._seen.rows.get(self._name)
+        if all_ND is None:
+            all_ND = torch.zeros(self._all, rows_ND.shape[1])
+        all_ND[self._kept : self._kept + len(rows_ND)] = rows_ND
+        self._kept += len(rows_ND)
+        self._seen.rows[self._name] = all_ND
 
 
 def _forward_and_back(model: Transformer, batch: Batch, norms: Mapping[str, _Norm], generator: torch.Generator) -> int:
