@@ -329,10 +329,11 @@ def resize(
             and `truncate`, need none.
         method: how a width is cut: `rotate` (least loss), `select` or `truncate` (for comparison).
         search: how many steps the basis of a rotation is looked for, 0 for the principal one; None: 100 with a refit,
-            fewer for a large model.
-        refit: whether the layers are then fitted to the parent's by least squares; None: except with `truncate`.
+            fewer for a large model. It needs a refit.
+        refit: whether the layers are then fitted to the parent's by least squares; None: except with `truncate`. Like
+            `method` and `search` it is of a smaller `d_model` or `d_embed`, and refused without one.
         share: what layers that come to share weights start from: `mean`, aligned, or `middle`.
-        seed: of the text that is drawn and of the weights that growth draws.
+        seed: of the text that is drawn, of the weights that growth draws, and of the labels that a search draws.
         own_form: allow a width that the family's files cannot hold, where the heads would have to fill it.
         vocabulary: text whose tokens are kept, or of which new ones are learnt, as `vocab_size` says: a list of texts
             or a `Path`; or a `lathe.Vocabulary`, which also takes new words, ids, and a multiple to fill up to.

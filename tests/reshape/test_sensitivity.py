@@ -13,7 +13,7 @@ import lathe
 from lathe.architecture import Architecture, Classifier, Head, Pooler
 from lathe.model.transformer import Transformer
 from lathe.reshape.calibrate import moments
-from lathe.reshape.sensitivity import Sensitivity, sensitivity
+from lathe.reshape.sensitivity import Sensitivity, rows_kept, sensitivity
 from lathe.reshape.width import norms_of
 from tests.reshape.test_width import build, text
 
@@ -31,11 +31,11 @@ def shape(name: str) -> Architecture:
     return lathe.preset(preset).with_({**SIZES, **more})
 
 
-def gathered(model: Transformer, batches: list[dict[str, Tensor]], *, most_rows: int = 10**6) -> Sensitivity:
+def gathered(model: Transformer, batches: list[dict[str, Tensor]], *, least_rows: int = 10**6) -> Sensitivity:
     norms = norms_of(model.architecture, "residual")
     tokens = moments(model, batches, norms).tokens
     generator = torch.Generator().manual_seed(0)
-    return sensitivity(model, batches, tokens, most_rows=most_rows, generator=generator)
+    return sensitivity(model, batches, tokens, least_rows=least_rows, generator=generator)
 
 
 def divergence(old: Tensor, new: Tensor) -> float:
@@ -115,10 +115,44 @@ def test_rows_are_the_normed_stream_and_nothing_else_changes(name: str) -> None:
 def test_rows_are_spread_evenly_over_the_text() -> None:
     model = build(shape("llama"))
     batches = [text(model.architecture, rows=10, length=10, seed=seed) for seed in range(5)]
-    few, all_of_them = gathered(model, batches, most_rows=50), gathered(model, batches)
+    few, all_of_them = gathered(model, batches, least_rows=50), gathered(model, batches)
     for norm in few.rows:
         assert torch.equal(few.rows[norm], all_of_them.rows[norm][::10])
         assert torch.equal(few.felt[norm], all_of_them.felt[norm])
+
+
+@pytest.mark.parametrize("least", [7, 30, 50, 400, 600])
+def test_as_many_rows_are_kept_as_were_asked_for(least: int) -> None:
+    model = build(shape("llama"))
+    seen = gathered(model, [text(model.architecture, rows=10, length=10, seed=n) for n in range(5)], least_rows=least)
+    for rows in seen.rows.values():
+        assert len(rows) == rows_kept(500, least)
+        assert min(least, 500) <= len(rows) < 2 * least
+
+
+def test_no_rows_are_kept_where_none_are_asked_for() -> None:
+    model = build(shape("llama"))
+    batch = text(model.architecture)
+    none, every = gathered(model, [batch], least_rows=0), gathered(model, [batch])
+    assert not none.rows
+    assert all(torch.equal(none.felt[norm], felt) for norm, felt in every.felt.items())
+
+
+def test_a_layer_is_run_again_and_not_kept() -> None:
+    model, runs = build(shape("llama")), 0
+    assert model.decoder is not None
+
+    def count(*_: Any) -> None:
+        nonlocal runs
+        runs += 1
+
+    batch = text(model.architecture)
+    tokens = moments(model, [batch], norms_of(model.architecture, "residual")).tokens
+    handle = model.decoder.feed_forward[0].register_forward_pre_hook(count)
+    sensitivity(model, [batch], tokens, least_rows=10, generator=torch.Generator())
+    handle.remove()
+    assert runs == 2
+    assert not model.decoder.checkpointing
 
 
 def test_padding_counts_for_nothing() -> None:

@@ -16,6 +16,7 @@ from lathe.reshape.budget_cost import BudgetSettings
 from lathe.reshape.budget_trial import RowsProbe, TextProbe
 from lathe.reshape.calibrate import Batch
 from lathe.reshape.job import Job, through, with_sizes
+from lathe.reshape.resize import check_how
 from lathe.reshape.row_length import best_length
 from lathe.reshape.stream import StreamedTransformer
 from lathe.reshape.text import TextSettings, read_documents
@@ -94,8 +95,10 @@ def plan_for(
             batches the vocabulary is not cut: there is no text to show to another tokenizer.
 
     Raises:
-        RequestError: no text, a file without a tokenizer to read it, or a budget that cannot be met.
+        RequestError: no text, a file without a tokenizer to read it, words on how a width is cut that exclude each
+            other, or a budget that cannot be met.
     """
+    check_how(how["method"], how["search"], how["refit"])
     probe: TextProbe | RowsProbe
     if isinstance(calibrate, str):
         if tokenizer is None:

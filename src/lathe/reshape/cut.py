@@ -19,15 +19,16 @@ from lathe.reshape.fold import is_tied
 from lathe.reshape.heads import narrow_heads
 from lathe.reshape.operation import Context, Operation, Run, by_stack, plain
 from lathe.reshape.refit import refit
-from lathe.reshape.search import Sought, rows_for, search, steps_within, worth
-from lathe.reshape.sensitivity import sensitivity
+from lathe.reshape.search import HELD_EVERY, UNSOUGHT, Sought, rows_for, search, steps_within, worth
+from lathe.reshape.sensitivity import rows_kept, sensitivity
 from lathe.reshape.state import State, Step, multiply
 from lathe.reshape.stream import model_of
 from lathe.reshape.transform import loudest_directions, onto_table, refit_transform, transform_rows
 from lathe.reshape.width import Basis, is_centred, keep, norms_of, principal, rotate, streams_of, with_stored_positions
 
 _ENERGY = "share of the energy that each norm hands on which stays"
-_UNSOUGHT = "no basis was looked for: that takes norms whose output goes to readers alone"
+_UNREAD = f"{UNSOUGHT}: that takes norms whose output goes to readers alone"
+_TOO_LONG = f"{UNSOUGHT}: that would take hours, and search=20 makes twenty steps all the same"
 _TOKENS = "embedding.tokens.weight"
 _OUTPUT = "head.language.output.weight"
 
@@ -137,7 +138,7 @@ def _rotated(
     seen.add("head.language.norm", unit(old_NE, centred=centred))
     basis = principal(seen, [*norms, "head.language.norm"], size, centred=centred)
     rotated, step = rotate(state, group, field, basis, seen)
-    step = replace(step, note=_UNSOUGHT if steps else "")
+    step = replace(step, note=_UNREAD if steps else "")
     if step.exact:  # the channels are what they were, and so is what the transform gives
         return rotated, [step], basis.matrix
     if group == "residual":
@@ -157,28 +158,38 @@ def _basis(
     """The directions that stay, and a sentence on how they were found.
 
     They are looked for (`lathe.reshape.search`) where what the norms hand on goes to readers alone. Elsewhere, and with
-    no steps asked for, they are the principal ones.
+    no steps asked for, they are the principal ones. Where there is no time for a step, or too little text to judge one
+    by, they are those with each norm's share weighted by what an error there costs.
     """
     norms, centred = _sites(state.architecture, group), is_centred(state.architecture, group)
     is_read = group == "residual" and not streams_of(state.architecture, group)
     if not is_read or steps == 0 or size == state.architecture.d_model:
-        return principal(seen, norms, size, centred=centred), _UNSOUGHT if steps and not is_read else ""
+        return principal(seen, norms, size, centred=centred), _UNREAD if steps and not is_read else ""
     model = context.current(state)
     if model.dtype not in (torch.float32, torch.float64):  # gradients need more digits
         model = model_of(state, torch.float32, model.device)
-    tokens, rows = {norm: seen.tokens[norm] for norm in norms}, rows_for(size)
-    felt = sensitivity(model, context.batches, tokens, most_rows=rows, generator=context.generator)
+    tokens, least = {norm: seen.tokens[norm] for norm in norms}, rows_for(size)
+    rows, fewest = sum(rows_kept(count, least) for count in tokens.values()), min(tokens.values())
+    why = ""
+    if steps is None:
+        steps = steps_within(rows, state.architecture.d_model, size)
+        why = "" if steps else _TOO_LONG
+    if fewest < HELD_EVERY:  # nothing could be held out
+        steps, why = 0, f"{UNSOUGHT}: a norm saw {fewest} tokens, and it takes {HELD_EVERY}; give more text"
+    # Labels are drawn apart from what growth draws, so that new weights do not depend on whether a basis is looked for.
+    labels = torch.Generator().manual_seed(context.generator.initial_seed())
+    felt = sensitivity(model, context.batches, tokens, least_rows=least if steps else 0, generator=labels)
     sought = Sought(
         felt,
         {norm: state.wide(f"{norm}.weight") for norm in norms},
-        shifted=f"{norms[0]}.bias" in state.tensors,
+        shifted=frozenset(norm for norm in norms if f"{norm}.bias" in state.tensors),
         tied=frozenset(norm for norm in norms if is_tied(state.architecture, norm)),
     )
     start = principal(seen, norms, size, centred=centred, weights=worth(sought, seen))
-    made = steps_within(len(norms), rows, state.architecture.d_model, size) if steps is None else steps
-    found = search(start, sought, seen, made)
-    note = f"the basis was looked for in {made} steps: its loss, to first order, is {found.after:.4f} nats"
-    return found.basis, f"{note} a prediction, and {found.before:.4f} before them"
+    if not steps:
+        return start, why
+    found = search(start, sought, seen, steps)
+    return found.basis, found.note
 
 
 def _head_is_as_wide(architecture: Architecture, group: str) -> bool:

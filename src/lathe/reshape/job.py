@@ -184,6 +184,7 @@ def open_job(request: ResizeRequest) -> Job:
     if not operations:
         sizes = ", ".join(f"{name}={value}" for name, value in request.changes.items())
         raise RequestError(f"{request.source} has {sizes} already: nothing to change")
+    request.check_use(architecture)
     _require_holder(architecture, target, request)
     stages = _stages(architecture, request)
     job = _with_text(request, source, source_digest(source.directory), stages, None)
@@ -197,7 +198,7 @@ def _opened(request: ResizeRequest) -> tuple[Source, str]:
     refuse_quantised(request.source)
     why = ""
     if request.stream is None and request.streams:
-        why = reason_to_stream(request.source, request.changes, request.calibrate)
+        why = reason_to_stream(request.source, request.changes, request.calibrate, request.how)
     return open_source(request.source, stream=bool(request.stream or why)), why
 
 
@@ -221,8 +222,10 @@ def job_at_hand(
         parent: the recipe by which the model was made.
 
     Raises:
-        RequestError: text that cannot be read.
+        RequestError: text that cannot be read, or words on how a width is cut where none is.
     """
+    if budget is None:
+        request.check_use(source.model.architecture)
     job = _with_text(request, source, sha256, ({"resize": request.changes},), None)
     vocabulary = vocabulary if request.vocabulary is None else job.vocabulary
     return replace(job, batches=batches, vocabulary=vocabulary, budget=budget, parent=parent)

@@ -32,7 +32,8 @@ class Context:
         model: the model before the first operation.
         start: its state.
         batches: the calibration text.
-        generator: where weights that growth draws come from; seeded, so that a resize can be repeated.
+        generator: where weights that growth draws come from; seeded, so that a resize can be repeated. The labels that
+            a basis is looked for by are drawn by another one with its seed.
         tokenizer: the model's, where it has one. The operation that numbers the tokens anew replaces it; it is the
             last, since `batches` hold the old numbers.
         vocabulary: the one that was settled, where it changes.

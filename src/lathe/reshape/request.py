@@ -4,7 +4,7 @@
     calibrate=corpus.txt calibrate.tokens=100000 calibrate.field=document
     calibrate=pairs.jsonl calibrate.source=en calibrate.target=ko calibrate.prefix="translate: "
     data=held-out.txt heal=corpus.txt heal.steps=500 heal.lr=2e-3
-    method=select search=0 objective=masked objective.rate=0.2 seed=1
+    method=select refit=false objective=masked objective.rate=0.2 seed=1
     max_parameters=30M               a budget in place of sizes; also max_bytes=40MB, max_latency=12, budget.effort=3
     vocabulary=text.txt words=[a,b] multiple_of=64     which tokens, beside vocab_size=
     sharing=all share=mean remainder=8                 what layers share, and the rank of what they differ by
@@ -18,10 +18,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lathe.architecture import Architecture
 from lathe.errors import RequestError
 from lathe.reshape.budget_cost import LIMIT_WORDS, BudgetSettings, read_budget
 from lathe.reshape.heal import HealSettings
-from lathe.reshape.resize import METHODS
+from lathe.reshape.resize import METHODS, check_how
 from lathe.reshape.share import SHARE_METHODS
 from lathe.reshape.text import TextSettings, VocabularySettings
 from lathe.spec import Spec, choice, size
@@ -51,6 +52,7 @@ class ResizeRequest(Spec):
         vocabulary: which tokens the model shall have.
         data: the text that it is measured on; where left out, a tenth of `calibrate` is kept apart for it.
         objective: what the model predicts: its name and settings; what its head says where left out.
+        seed: of the weights that growth draws, and of the labels that a basis is looked for by.
         budget: what the result may cost at most; the sizes are then found, `changes` apart.
     """
 
@@ -66,7 +68,7 @@ class ResizeRequest(Spec):
     heal: HealSettings | None = None
     vocabulary: VocabularySettings | None = None
     objective: dict = field(default_factory=dict)  # type: ignore[type-arg]
-    seed: int = size(2**32 - 1, least=0, default=0)  # of the weights that growth draws
+    seed: int = size(2**32 - 1, least=0, default=0)
     budget: BudgetSettings | None = None
     own_form: bool = False  # write what no stock file can hold
     stream: bool | None = None  # hold a layer at a time; None: where memory is short. The result is the same
@@ -83,6 +85,7 @@ class ResizeRequest(Spec):
         return self.remainder is None and (self.budget is None or self.budget.milliseconds is None)
 
     def check(self) -> None:
+        check_how(self.method, self.search, self.refit)
         if self.budget is not None and self.calibrate is None:
             raise RequestError("a budget is spent by what cuts cost on text: give --calibrate FILE")
         if self.budget is not None and any(each is not None and each.source for each in (self.calibrate, self.data)):
@@ -104,6 +107,27 @@ class ResizeRequest(Spec):
             )
         if self.remainder is not None:
             self._check_remainder()
+
+    def check_use(self, source: Architecture) -> None:
+        """Refuse words on how a width is cut where none is; a budget finds its sizes later, and may cut one.
+
+        Raises:
+            RequestError: with the words.
+        """
+        usual: dict[str, Any] = {"method": "rotate", "search": None, "refit": None}
+        given = {name: getattr(self, name) for name in usual if getattr(self, name) != usual[name]}
+        if not given or self.budget is not None:
+            return
+        target = source.with_(self.changes)
+        widths = (source.d_model, target.d_model), (source.embedding.d_embed, target.embedding.d_embed)
+        if any(old is not None and new is not None and new < old for old, new in widths):
+            return
+        words = " ".join(f"{name}={value}" for name, value in given.items())
+        says = "this says" if len(given) == 1 else "these say"
+        raise RequestError(
+            f"{words}: {says} how a width is cut, and none is cut here; give a smaller d_model or d_embed, or leave "
+            f"out {' and '.join(given)}"
+        )
 
     def _check_remainder(self) -> None:
         """A remainder is what sharing loses; whatever else changes the layers would not be in it."""

@@ -38,7 +38,7 @@ CHANGEABLE = (
     "d_model, d_embed, d_ff, d_head, n_heads, n_kv_heads, n_layers, sharing, vocab_size, family, "
     "and tied from true to false"
 )
-_OWN_FORM = "Lathe's own form can hold it as it is (own_form)"
+_OWN_FORM = "Lathe's own form can hold it as it is (--own-form, from Python own_form=True)"
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def resize(
         refit: whether the rest of the model is then fitted to its parent by least squares on the text; None: with
             `rotate` and `select`, which read text anyway.
         share: what layers that come to share weights start from: `mean`, aligned, or `middle`.
-        seed: of the weights that growth draws.
+        seed: of the weights that growth draws, and of the labels that a basis is looked for by.
         tokenizer: the model's, for what changes the vocabulary.
         vocabulary: what the new vocabulary shall hold; a smaller `vocab_size` alone keeps the tokens that `calibrate`
             uses most.
@@ -160,17 +160,33 @@ def planned(
     Raises:
         RequestError: a change that cannot be made, or an unknown method.
     """
-    if method not in METHODS:
-        raise RequestError(f"method={method!r}: expected one of {', '.join(METHODS)}")
-    if search is not None and method != "rotate":
-        raise RequestError(
-            f"search={search} with method={method}: only a rotation has a basis that can be looked for; leave out one"
-        )
+    check_how(method, search, refit)
     changes = with_followers(source, changes, own_form=own_form)
     target = source.with_(changes)
     if target.family != source.family:
         target = target.with_(convert.followers(target))
     return target, _operations(source, target, _planners(method, search, refit, share, renews))
+
+
+def check_how(method: str, search: int | None, refit: bool | None) -> None:
+    """Refuse words on how a width is cut that cannot be, alone or together.
+
+    Raises:
+        RequestError: the first one.
+    """
+    if method not in METHODS:
+        raise RequestError(f"method={method!r}: expected one of {', '.join(METHODS)}")
+    if search is not None and (type(search) is not int or search < 0):
+        raise RequestError(f"search={search!r}: expected a number of steps, 0 for none; leave it out for the usual one")
+    if search is not None and method != "rotate":
+        raise RequestError(
+            f"search={search} with method={method}: only a rotation has a basis that can be looked for; leave out one"
+        )
+    if search and refit is False:
+        raise RequestError(
+            f"search={search} with refit={refit}: the search counts on readers that are fitted afterwards, and makes a "
+            "cut without them worse; leave out one"
+        )
 
 
 def with_followers(source: Architecture, changes: Mapping[str, Any], *, own_form: bool = False) -> dict[str, Any]:
@@ -258,11 +274,12 @@ def _finished(state: State, target: Architecture, model: Transformer, steps: lis
     cast = state.cast(model.dtype)
     if isinstance(model, StreamedTransformer):
         return Resized(cast.architecture, cast.tensors, tuple(steps), context.tokenizer, context.vocabulary)
-    # What no operation touched is still the model's own memory, and layers may hold one tensor together: training one
-    # would change the other.
+    # What operations made is on the CPU, wherever the model is. What none touched is still the model's own memory, and
+    # layers may hold one tensor together: training one would change the other.
     taken = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
     own: dict[str, Tensor] = {}
-    for name, tensor in cast.tensors.items():
+    for name, made in cast.tensors.items():
+        tensor = made.to(model.device)
         own[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in taken else tensor
         taken.add(own[name].untyped_storage().data_ptr())
     return Resized(cast.architecture, own, tuple(steps), context.tokenizer, context.vocabulary)

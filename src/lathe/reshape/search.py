@@ -31,11 +31,13 @@ from lathe.reshape.calibrate import Moments
 from lathe.reshape.sensitivity import Sensitivity
 from lathe.reshape.width import Basis, retained, without_mean
 
+UNSOUGHT = "no basis was looked for"  # what the note begins with, then
 STEPS = 100
 _WORK = 10**14  # floating-point operations; one core does some 30 billion a second
 _FEWEST = 5  # steps that are worth the gradients
 _RIDGE = 1e-4  # of the mean square of what a reader is given
-_HELD_EVERY = 8
+HELD_EVERY = 8  # tokens, of which the last is held out
+_LINE_SEARCH = 25  # losses that L-BFGS may compute beside one a step
 _NOTHING = 1e-5  # nats a prediction
 
 
@@ -46,41 +48,63 @@ class Sought:
     Args:
         seen: rows and G of every norm.
         scales: the norms' weights.
-        shifted: whether the norms have biases, and so their readers.
+        shifted: the norms that have biases, and so have their readers.
         tied: the norms that a tied table reads.
     """
 
     seen: Sensitivity
     scales: Mapping[str, Tensor]
-    shifted: bool
+    shifted: frozenset[str]
     tied: frozenset[str]
 
 
 @dataclass(frozen=True)
 class Found:
-    """A basis, and what it loses on tokens held out beside the one that was started from, in nats a prediction."""
+    """A basis, and how it was found.
+
+    Args:
+        before, after: what the basis that was started from and this one lose on tokens held out, in nats a prediction.
+        steps: how many were made.
+    """
 
     basis: Basis
     before: float
     after: float
+    steps: int
+
+    @property
+    def note(self) -> str:
+        """It as a sentence."""
+        if not self.steps:
+            why = "the one that was started from"
+            return f"{UNSOUGHT}: {why} loses {self.before:.4f} nats a prediction, to first order"
+        made = f"the basis was looked for in {self.steps} steps"
+        if not self.after < self.before:
+            return f"{made}, and none lost less than the one that was started from: {self.before:.4f} nats a prediction"
+        loss = f"its loss, to first order, is {self.after:.4f} nats a prediction"
+        return f"{made}: {loss}, and {self.before:.4f} before them"
 
 
-def steps_within(norms: int, rows: int, old: int, new: int) -> int:
-    """How many steps are made where nobody says: the usual number; fewer or none where they would take an hour."""
-    each = 2 * norms * rows * (7 * old * new + new * new + old * old)
-    most = min(STEPS, _WORK // each)
+def steps_within(rows: int, old: int, new: int) -> int:
+    """How many steps are made where nobody says: the usual number; fewer or none where they would take an hour.
+
+    Args:
+        rows: of all norms together.
+    """
+    each = 2 * rows * (7 * old * new + new * new + old * old)
+    most = min(STEPS, _WORK // max(each, 1))
     return most if most >= _FEWEST else 0
 
 
 def rows_for(width: int) -> int:
-    """How many tokens are looked at: some for each direction that is kept."""
+    """How many tokens are looked at, at least: some for each direction that is kept."""
     return max(2500, 4 * width)
 
 
 def worth(sought: Sought, moments: Moments) -> dict[str, float]:
     """What an error of the stream's size costs at each norm, tr(GC)/tr(C), over the mean of all norms."""
     costs = {}
-    for norm in sought.seen.rows:
+    for norm in sought.seen.felt:
         moment, scale_D = moments.mean(norm), sought.scales[norm]
         felt = sought.seen.felt[norm] * scale_D * scale_D[:, None]
         costs[norm] = float((felt * moment).sum() / moment.trace().clamp_min(1e-300))
@@ -99,17 +123,17 @@ def search(start: Basis, sought: Sought, moments: Moments, steps: int) -> Found:
     frames = _Frames(*(_frame(size, start.centred) for size in (old, new)))
     start_EF = frames.wide_DE.T @ start.matrix.float() @ frames.narrow_WF
     before = _held_loss(sought, frames, start_EF)
-    if before <= _NOTHING or not steps:
-        return Found(start, before, before)
-    found_EF = _descended(sought, frames, start_EF, steps)
+    if before <= _NOTHING or not steps or not start_EF.numel():
+        return Found(start, before, before, 0)
+    found_EF, made = _descended(sought, frames, start_EF, steps)
     after = _held_loss(sought, frames, found_EF)
     if not after < before:
-        return Found(start, before, before)
+        return Found(start, before, before, made)
     kept = (without_mean(old) if start.centred else torch.eye(old).double()) @ _orthonormal(found_EF.double())
     matrix = kept @ (without_mean(new).T if start.centred else torch.eye(new).double())
     if start.centred:  # the mean stays the mean
         matrix = matrix + (old * new) ** -0.5
-    return Found(Basis(matrix, start.centred, retained(moments, list(start.energy), kept)), before, after)
+    return Found(Basis(matrix, start.centred, retained(moments, list(start.energy), kept)), before, after, made)
 
 
 @dataclass(frozen=True)
@@ -134,10 +158,13 @@ def _orthonormal(free_EF: Tensor) -> Tensor:
     return signed
 
 
-def _descended(sought: Sought, frames: _Frames, start_EF: Tensor, steps: int) -> Tensor:
-    """L-BFGS over matrices whose Q is the basis."""
+def _descended(sought: Sought, frames: _Frames, start_EF: Tensor, steps: int) -> tuple[Tensor, int]:
+    """L-BFGS over matrices whose Q is the basis; and how many steps were made before none led further down."""
     free_EF = start_EF.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([free_EF], max_iter=steps, history_size=10, line_search_fn="strong_wolfe")
+    tries = max(5 * steps // 4, steps + _LINE_SEARCH)  # else a few steps' line searches would use up all that there are
+    optimizer = torch.optim.LBFGS(
+        [free_EF], max_iter=steps, max_eval=tries, history_size=10, line_search_fn="strong_wolfe"
+    )
     scale = 0.0
 
     def loss() -> Tensor:
@@ -157,7 +184,7 @@ def _descended(sought: Sought, frames: _Frames, start_EF: Tensor, steps: int) ->
 
     with torch.enable_grad():
         optimizer.step(loss)
-    return _orthonormal(free_EF.detach())
+    return _orthonormal(free_EF.detach()), optimizer.state[free_EF]["n_iter"]
 
 
 def _held_loss(sought: Sought, frames: _Frames, q_EF: Tensor) -> float:
@@ -177,12 +204,12 @@ def _missed(sought: Sought, frames: _Frames, norm: str, q_DF: Tensor, *, held: b
     """
     felt_DD = sought.seen.felt[norm].float()
     rows_ND, scale_D = sought.seen.rows[norm], sought.scales[norm].float()
-    apart_N = torch.arange(len(rows_ND)) % _HELD_EVERY == _HELD_EVERY - 1
+    apart_N = torch.arange(len(rows_ND)) % HELD_EVERY == HELD_EVERY - 1
     x_ND = rows_ND[~apart_N]
     gain_W, reader_FD = None, torch.zeros(())
     with torch.no_grad():
         y_NF, t_ND = _narrow(x_ND, q_DF), x_ND * scale_D
-        mean_F, mean_D = (y_NF.mean(0), t_ND.mean(0)) if sought.shifted else (torch.zeros(()), torch.zeros(()))
+        mean_F, mean_D = (y_NF.mean(0), t_ND.mean(0)) if norm in sought.shifted else (torch.zeros(()), torch.zeros(()))
         if norm in sought.tied:
             gain_W = _gain((y_NF - mean_F) @ frames.narrow_WF.T, t_ND - mean_D, q_DF @ frames.narrow_WF.T, felt_DD)
         else:

@@ -10,8 +10,9 @@ A classifier's labels are drawn from its predictions in the same way. What has n
 read as it is: every direction of its last stream then counts alike, and the gradient is that of a standard normal
 draw's product with it.
 
-Text goes through the model a few rows at a time, and each layer is run again in the backward pass, so that a streamed
-model holds no more than one layer's weights. The logits go a few at a time, too.
+Text goes through the model a few rows at a time, and each layer is run again in the backward pass: what is kept until
+then is the stream between the layers, and a streamed model holds no more than one layer's weights. The logits go a few
+at a time, too.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from torch import Tensor, nn
 
 from lathe.model.transformer import Transformer
 from lathe.reshape.calibrate import Batch, Ear, heard, unit
-from lathe.reshape.spill import Tensors
-from lathe.reshape.stream import StreamedTransformer, blank, heads_held
+from lathe.reshape.spill import Tensors, release
+from lathe.reshape.stream import blank, heads_held
 from lathe.reshape.walk import asked_rows, left, stack_of, standing, token_rows
 
-_MOST_TOKENS = 2048  # of a batch, at once
-_MOST_LOGITS = 2**22  # 16 MiB
+MOST_TOKENS = 2048  # of a batch, at once
+MOST_LOGITS = 2**22  # 16 MiB
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Sensitivity:
     """What was seen at each norm.
 
     Args:
-        rows: the norms' inputs at some tokens, each divided by its size as the norm does, in float32: N × D.
+        rows: the norms' inputs at some tokens, each divided by its size as the norm does, in float32: N × D; none where
+            none were asked for.
         felt: G of each norm's output for one prediction, summed over the tokens that it was made from: D × D.
     """
 
@@ -52,50 +54,74 @@ def sensitivity(
     batches: Sequence[Batch],
     tokens: Mapping[str, int],
     *,
-    most_rows: int,
+    least_rows: int,
     generator: torch.Generator,
 ) -> Sensitivity:
     """Run the text through the model, forward and back.
 
     Args:
         tokens: the norms, and how many tokens of the text pass each.
-        most_rows: of about how many tokens, spread evenly over the text, the norms' inputs are kept.
+        least_rows: of how many tokens, spread evenly over the text, the norms' inputs are kept at least, where there
+            are as many (`rows_kept`); 0 keeps none.
         generator: draws the labels.
     """
     seen = Sensitivity(blank(model), blank(model))
-    asked, norms = 0, {name: _Norm(name, count // most_rows, seen) for name, count in tokens.items()}
+    asked, norms = 0, {name: _Norm(name, count, least_rows, seen) for name, count in tokens.items()}
     with _recomputing(model):
         for batch in _parts(batches):
             asked += _forward_and_back(model, batch, norms, generator)
+            release()  # what is kept lies between what is not
     for name in norms:
         seen.felt[name] = seen.felt[name] / max(asked, 1)
     return seen
+
+
+def rows_kept(tokens: int, least: int) -> int:
+    """Of how many tokens a norm's inputs are kept: all where there are fewer than `least`, else never twice as many."""
+    every = _every(tokens, least)
+    return -(-tokens // every) if every else 0
+
+
+def _every(tokens: int, least: int) -> int:
+    return max(tokens // least, 1) if least else 0
 
 
 class _Norm:
     """One norm: every so manieth token's input, and the gradients of its output, put to what was seen before.
 
     They are put there at once, because those of all norms together may be larger than the model.
+
+    Args:
+        tokens: that will pass it.
+        least: of how many the inputs are kept at least; 0 for none.
     """
 
-    def __init__(self, name: str, every: int, seen: Sensitivity) -> None:
-        self._name, self._every, self._seen = name, max(every, 1), seen
-        self._passed = 0
+    def __init__(self, name: str, tokens: int, least: int, seen: Sensitivity) -> None:
+        self._name, self._seen = name, seen
+        self._every, self._all = _every(tokens, least), rows_kept(tokens, least)
+        self._passed = self._kept = 0
 
     def listen(self, given: Tensor, out: Tensor, tokens: Tensor, *, centred: bool) -> None:
         """What passes the norm once, and which of its rows are tokens; where layers share it, several times."""
-        every_ND = given.detach().flatten(0, -2)[tokens]
-        rows_ND = unit(every_ND[-self._passed % self._every :: self._every], centred=centred).cpu().float()
-        self._passed += len(every_ND)
-        before = self._seen.rows.get(self._name)
-        self._seen.rows[self._name] = rows_ND if before is None else torch.cat((before, rows_ND))
+        if self._every:
+            self._keep(given.detach().flatten(0, -2)[tokens], centred=centred)
 
         def back(gradient: Tensor) -> None:
             wide = gradient.detach().flatten(0, -2)[tokens].to("cpu", torch.float64)
-            known = self._seen.felt.get(self._name)
-            self._seen.felt[self._name] = wide.T @ wide if known is None else known + wide.T @ wide
+            more_DD, known_DD = wide.T @ wide, self._seen.felt.get(self._name)
+            self._seen.felt[self._name] = more_DD if known_DD is None else known_DD.add_(more_DD)
 
         out.register_hook(back)
+
+    def _keep(self, every_ND: Tensor, *, centred: bool) -> None:
+        rows_ND = unit(every_ND[-self._passed % self._every :: self._every], centred=centred).cpu().float()
+        self._passed += len(every_ND)
+        all_ND = self._seen.rows.get(self._name)
+        if all_ND is None:
+            all_ND = torch.zeros(self._all, rows_ND.shape[1])
+        all_ND[self._kept : self._kept + len(rows_ND)] = rows_ND
+        self._kept += len(rows_ND)
+        self._seen.rows[self._name] = all_ND
 
 
 def _forward_and_back(model: Transformer, batch: Batch, norms: Mapping[str, _Norm], generator: torch.Generator) -> int:
@@ -145,7 +171,7 @@ def _at_the_end(model: Transformer, batch: Batch, left_BTD: Tensor, generator: t
 
 
 def _at_once(model: Transformer) -> int:
-    return max(_MOST_LOGITS // model.architecture.embedding.vocab_size, 1)
+    return max(MOST_LOGITS // model.architecture.embedding.vocab_size, 1)
 
 
 def _of_tokens(model: Transformer, rows_ND: Tensor, generator: torch.Generator) -> Tensor:
@@ -188,17 +214,17 @@ def _parts(batches: Sequence[Batch]) -> Iterator[Batch]:
     for batch in batches:
         rows = len(next(iter(batch.values())))
         longest = max(tensor[:1].numel() for tensor in batch.values())
-        some = max(_MOST_TOKENS // max(longest, 1), 1)
+        some = max(MOST_TOKENS // max(longest, 1), 1)
         for start in range(0, rows, some):
             yield {key: tensor[start : start + some] for key, tensor in batch.items()}
 
 
 @contextmanager
 def _recomputing(model: Transformer) -> Iterator[None]:
-    """A streamed model keeps no layer's weights until the backward pass, which runs the layer again."""
+    """The backward pass runs each layer again: neither what it computed is kept until then, nor streamed weights."""
     training, before = model.training, [stack_of(model, name).checkpointing for name, _ in model.architecture.stacks]
     model.eval()
-    model.set_checkpointing(isinstance(model, StreamedTransformer))
+    model.set_checkpointing(True)
     try:
         yield
     finally:
