@@ -106,6 +106,8 @@ class TestWith:
             ({"d_model": 512.5}, "d_model=512.5: expected a whole number"),
             ({"d_modle": 512}, "unknown field 'd_modle'"),
             ({"d_modle": 512}, "did you mean 'd_model'?"),
+            ({"hidden_size": 512}, "'hidden_size': here it is called d_model"),
+            ({"encoder_ffn_dim": 512}, "here it is called encoder.feed_forward.d_ff"),
             ({"encoder.n_layer": 4}, "did you mean 'n_layers'?"),
             ({"encoder.attention.foo": 4}, "unknown field 'encoder.attention.foo'"),
             ({"d_model.x": 4}, "d_model"),

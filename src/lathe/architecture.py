@@ -388,6 +388,24 @@ ALIASES: dict[str, tuple[str, ...]] = {
     },
 }
 
+# What `config.json` files call the same sizes, so that whoever asks by such a name is told ours.
+_CONFIG_NAMES: dict[str, tuple[str, ...]] = {
+    "d_model": ("hidden_size", "n_embd"),
+    "d_embed": ("embedding_size",),
+    "n_layers": ("num_hidden_layers", "num_layers", "n_layer"),
+    "n_heads": ("num_attention_heads", "num_heads", "n_head"),
+    "n_kv_heads": ("num_key_value_heads",),
+    "d_head": ("head_dim", "d_kv"),
+    "d_ff": ("intermediate_size", "n_inner"),
+    "max_positions": ("max_position_embeddings", "n_positions"),
+    "encoder.n_layers": ("encoder_layers",),
+    "decoder.n_layers": ("decoder_layers", "num_decoder_layers"),
+    "encoder.attention.n_heads": ("encoder_attention_heads",),
+    "decoder.attention.n_heads": ("decoder_attention_heads",),
+    "encoder.feed_forward.d_ff": ("encoder_ffn_dim",),
+    "decoder.feed_forward.d_ff": ("decoder_ffn_dim",),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture(Spec):
@@ -488,6 +506,9 @@ class Architecture(Spec):
                 raise RequestError(f"{name}: this architecture has no {parent}; set {parent} as a whole first")
             if not isinstance(owner, Spec):
                 raise RequestError(f"{name}: {parent} is one value and has no fields; set {parent} itself")
+            ours = next((ours for ours, theirs in _CONFIG_NAMES.items() if name in theirs), None)
+            if ours is not None:
+                raise RequestError(f"unknown field {name!r}: here it is called {ours}")
             raise RequestError(unknown("field", name, [*owner.field_names(), *(() if parent else ALIASES)]))
         return [name]
 

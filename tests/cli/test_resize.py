@@ -196,7 +196,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["gpt2", "t5", "d_ff=40"], "already exists"),
     (["quantised", "new", "d_ff=40"], "quantised is quantised already"),
     (["bare", "new", "d_model=12", "--calibrate", "text.txt"], "holds no tokenizer"),
-    (["gpt2", "new", "n_kv_heads=1", "--calibrate", "text.txt"], "n_kv_heads=none, and Lathe's own form"),
+    (["gpt2", "new", "n_kv_heads=1", "--calibrate", "text.txt"], "as many of each; Lathe's own form can hold it"),
     (["nowhere/", "new", "d_ff=40"], "there is no directory"),
     (["gpt2", "d_ff=40", "--calibrate", "text.txt"], "d_ff=40 is a change, where DST is expected"),
     (["blown", "new", "d_ff=20", "--calibrate", "text.txt"], "holds numbers that are not finite"),

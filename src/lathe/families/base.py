@@ -274,7 +274,7 @@ def round_trip_objections(
     try:
         back = read(config, config["architectures"][0])
     except RequestError as error:
-        return [Objection(f"a {name} config cannot say it: {error}", {})]
+        return [Objection(f"the config of {name} cannot say it: {error}", {})]
     found = [
         _objection(path, ours, theirs, name)
         for path, ours, theirs in _differences(_computing(architecture), _computing(back))
@@ -294,7 +294,7 @@ def _objection(path: str, ours: Any, theirs: Any, name: str) -> Objection:
     changes = {path: theirs}
     if path.endswith(".positions"):  # another kind, which reads other fields: all of them change
         path, ours, theirs = f"{path}.kind", ours["kind"], theirs["kind"]
-    return Objection(f"{path} is {_shown(ours)}, and a {name} has {_shown(theirs)}", changes)
+    return Objection(f"{path} is {_shown(ours)}, where {name} has {_shown(theirs)}", changes)
 
 
 def _computing(architecture: Architecture) -> dict[str, Any]:

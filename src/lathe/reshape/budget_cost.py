@@ -116,6 +116,8 @@ def read_budget(words: Mapping[str, Any]) -> BudgetSettings | None:
     if "max_bytes" in limits:
         values["bytes"] = read_bytes(limits["max_bytes"])
     if "max_latency" in limits:
+        if isinstance(limits["max_latency"], int | float) and limits["max_latency"] <= 0:
+            raise RequestError(f"max_latency={limits['max_latency']:g}: expected more than 0 milliseconds")
         values["milliseconds"] = limits["max_latency"]
     return BudgetSettings.from_dict(values, "budget")
 

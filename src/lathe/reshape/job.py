@@ -491,7 +491,8 @@ def _require_holder(source: Architecture, target: Architecture, request: ResizeR
         return
     fitting = {name: value for each in found for name, value in each.changes.items()}
     sizes = ", ".join(f"{name}={_shown(value)}" for name, value in fitting.items())
-    hint = f"it can with {sizes}, and " if sizes and all(each.changes for each in found) else ""
+    helps = bool(sizes) and all(each.changes for each in found) and target.with_(fitting) != source
+    hint = f"it can with {sizes}, and " if helps else ""
     raise RequestError(
         f"a stock {target.family} file cannot hold this: {'; '.join(each.reason for each in found)}; "
         f"{hint}Lathe's own form can hold it as it is (--own-form)"
