@@ -238,6 +238,17 @@ def test_the_text_to_heal_on_is_opened_before_anything_is_cut(cli: Callable, her
     assert line in ran.err
 
 
+def test_a_short_text_to_heal_on_is_said(cli: Callable, here: Path):
+    Path("few.txt").write_text("the lathe turns wood to size", encoding="utf-8")
+    words = ["d_ff=20", "heal.steps=4", "heal.rows=2", "heal.length=32", "--heal", "few.txt", "--device", "cpu"]
+    ran = cli("resize", "gpt2", "new", "--calibrate", "text.txt", *words)
+    assert ran.code == 0, ran.err
+    assert "tokens and is read up to" in ran.err
+    enough = cli("resize", "gpt2", "other", "--calibrate", "text.txt", *words[:-3], "text.txt", *words[-2:])
+    assert enough.code == 0, enough.err
+    assert "is read up to" not in enough.err
+
+
 def test_a_reload_of_16_bits_is_compared_in_32(cli: Callable, here: Path):
     lathe.load("gpt2", dtype=torch.bfloat16).save("half")
     ran = cli("resize", "half", "small", "d_ff=20", "--calibrate", "text.txt", "--device", "cpu", "--json")

@@ -50,6 +50,7 @@ from lathe.train.machine import pick_device
 log = logging.getLogger("lathe")
 
 _PARTS = 1000  # of a healing that is not counted in steps
+_MANY_TIMES = 10  # that a text is read, and it is said
 
 
 def carry_out(job: Job, folder: Path, run: Path, reporter: Reporter, name: str) -> tuple[Outcome, Recipe]:
@@ -167,6 +168,12 @@ class Work:
         device = torch.device("cpu") if self.job.is_streamed else pick_device(self.job.request.device)
         asked = self.job.request.objective
         batches = endless(documents, settings.text, self.model.architecture, self.tokenizer, asked)
+        times = settings.most_tokens / max(batches.corpus.n_tokens, 1)
+        if times >= _MANY_TIMES:
+            self.reporter.say(
+                f"{settings.file} holds {batches.corpus.n_tokens:,} tokens and is read up to {times:.0f} times: more "
+                "text heals better"
+            )
         number = 1 + sum("heal" in stage for stage in self.history.recipe.stages)
         model, title = whole(self.model).to(device), f"healing {number}"
         total = settings.most_steps or _PARTS
