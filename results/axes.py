@@ -51,12 +51,13 @@ def main() -> None:
 def _cuts(model: lathe.Model) -> dict[str, dict[str, Any]]:
     """Names of cuts and what `lathe.resize` is asked for them; sizes follow from the parent's."""
     d_model, stack = model.architecture.d_model, next(iter(dict(model.architecture.stacks).values()))
-    d_ff, heads = stack.feed_forward.d_ff, stack.attention.n_heads
+    d_ff, heads, d_head = stack.feed_forward.d_ff, stack.attention.n_heads, stack.attention.d_head
     found: dict[str, dict[str, Any]] = {}
     for size in (round(d_ff * part) for part in (0.75, 0.5, 0.25)):
         found[f"d_ff={size}"] = {"d_ff": size}
     for size in sorted({heads - 1, -(-heads // 2)}, reverse=True):
-        found[f"n_heads={size}"] = {"n_heads": size}
+        # Heads as wide as they are: where they have to fill the width, fewer of them would be wider and save nothing.
+        found[f"n_heads={size} of {d_head}"] = {"n_heads": size, "d_head": d_head}
     found[f"n_layers={stack.n_layers - 1}"] = {"n_layers": stack.n_layers - 1}
     for size in (round(d_model * part) for part in (2 / 3, 1 / 2, 1 / 3)):
         found[f"d_embed={size}"] = {"d_embed": size}
