@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import pytest
 
 import lathe
 from lathe.errors import RequestError
+from lathe.reshape.budget_trial import TextProbe
 from lathe.reshape.job import open_job
+from lathe.reshape.measure import quality
 from lathe.reshape.request import read_request
 from lathe.reshape.text import Documents, TextSettings, lay, read_documents
 from lathe.text.train import train_tokenizer
@@ -63,6 +66,41 @@ def test_a_cut_and_a_healing_on_pairs_replay_to_the_same_bytes(cli: Callable, he
     assert Path("one/model.safetensors").read_bytes() == Path("two/model.safetensors").read_bytes()
 
 
+def test_a_budget_is_spent_by_the_loss_on_the_targets(cli: Callable, here: Path):
+    before = sum(each.numel() for each in lathe.load("t5").parameters())
+    limit = int(0.7 * before)
+    ran = cli("resize", "t5", "small", f"max_parameters={limit}", "budget.effort=1", "calibrate.tokens=400", *PAIRS)
+    assert ran.code == 0, ran.err
+    assert sum(each.numel() for each in lathe.load("small").parameters()) <= limit
+    recipe = json.loads(Path("small/lathe.json").read_text(encoding="utf-8"))["recipe"]
+    plan = recipe["budget"]
+    assert plan["measured_on"].startswith("seq2seq loss on ")
+    vocabularies = [trial for trial in plan["trials"] if "embedding.vocab_size" in trial["sizes"]]
+    assert vocabularies
+    assert all(trial["loss"] is not None for trial in plan["trials"])
+    within = [trial["loss"] for trial in plan["trials"] if trial["cost"] <= limit]
+    assert plan["loss"] == min(within) > 0
+
+
+def test_a_probe_counts_the_tokens_of_the_targets(here: Path):
+    model = lathe.load("t5")
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
+    settings = TextSettings(file="pairs.jsonl", source="said", target="meant", length=64, rows=2)
+    fitted, held = read_documents(settings, tokenizer, apart=True)
+    assert held.targets is not None
+    count = sum(map(len, tokenizer.encode_batch(list(held.targets), add_special_tokens=False)))
+    probe = TextProbe(model, tokenizer, fitted, held, settings, settings, tokens=100)
+    assert f"{count:,} tokens" in probe.described
+    assert not probe.is_whole()
+    measured = quality(model, lay(held, settings, model.architecture, tokenizer))
+    assert measured is not None
+    assert probe.loss(model, tokenizer) == measured.loss
+    # A tokenizer that can read nothing: each target's word counts as a guess among all of the source's tokens.
+    blind = train_tokenizer(["zq qz zz qq"] * 9, 108, convention="t5", byte_fallback=False)
+    assert probe.loss(model, blind) >= math.log(tokenizer.vocab_size)
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
@@ -71,7 +109,6 @@ def test_a_cut_and_a_healing_on_pairs_replay_to_the_same_bytes(cli: Callable, he
         ({"calibrate.source": "said", "calibrate.target": "meant", "calibrate.field": "x"}, "a pair has no text"),
         ({"calibrate.source": "said", "calibrate.target": "none"}, "none"),
         ({"calibrate.source": "said", "calibrate.target": "meant", "objective": "denoising"}, "pairs are seq2seq"),
-        ({"calibrate.source": "said", "calibrate.target": "meant", "max_parameters": "5k"}, "measured on plain text"),
         ({"calibrate.field": "said", "objective": "seq2seq"}, "name the columns of pairs"),
     ],
 )

@@ -4,7 +4,8 @@ The loss has to be comparable between vocabularies. A smaller one spells the sam
 guess, so nats a token fall while nothing got better. So the loss is counted for each token of the *source's* tokenizer:
 nats a token, times the tokens of the text, over the tokens that the source makes of it. A word that can no longer be
 read (it has become the unknown token, which is easy to guess) counts as a guess among all of the source's tokens, as
-often as the source had tokens for it. Where the vocabulary stays, this is the loss as everywhere else.
+often as the source had tokens for it. Where the vocabulary stays, this is the loss as everywhere else. Of pairs it is
+the targets that count, as they are what is predicted: a source that can be read less well makes them harder to guess.
 
 For a masked model that is a measure between vocabularies, not a likelihood: a hidden piece is guessed with the rest of
 its word in sight, which flatters small pieces, and other pieces are hidden. So a smaller vocabulary never counts as a
@@ -34,7 +35,7 @@ from lathe.reshape.calibrate import Batch
 from lathe.reshape.measure import quality
 from lathe.reshape.resize import resize
 from lathe.reshape.state import Step
-from lathe.reshape.text import Documents, TextSettings, lay
+from lathe.reshape.text import Documents, Record, TextSettings, lay
 from lathe.text.tokenizer import Tokenizer
 
 log = logging.getLogger("lathe")
@@ -107,15 +108,16 @@ class TextProbe:
         self._part = _beginning(fitted, tokenizer, tokens)
         self._whole, self._fit_settings = fitted, fit_settings
         self._laid: dict[bool, Sequence[Batch]] = {}
-        self._lengths = [len(ids) for ids in tokenizer.encode_batch(list(held.texts), add_special_tokens=False)]
-        self._words = Counter(word for text in held.texts for word in text.split())
+        self._predicted = list(held.texts if held.targets is None else held.targets)
+        self._tokens = _count(tokenizer, self._predicted)
+        self._words = Counter(word for text in self._predicted for word in text.split())
         self._spelt = _spelt(tokenizer, list(self._words))
         laid = lay(held, held_settings, model.architecture, tokenizer, objective)
         if laid.objective is None:
             raise RequestError(
                 "a budget is planned by the loss on text, and this model predicts no tokens: give sizes, as in d_ff=512"
             )
-        self.described = f"{laid.objective.name} loss on {sum(self._lengths):,} tokens of {held_settings.file}"
+        self.described = f"{laid.objective.name} loss on {self._tokens:,} tokens of {held_settings.file}"
 
     def is_whole(self) -> bool:
         """Whether a trial gets all of the text."""
@@ -136,7 +138,7 @@ class TextProbe:
         assert found is not None
         if tokenizer is self._tokenizer:
             return found.loss
-        tokens = sum(map(len, tokenizer.encode_batch(list(self._held.texts), add_special_tokens=False)))
+        tokens = _count(tokenizer, self._predicted)
         guess = math.log(self._architecture.embedding.vocab_size)
         lost = 0.0
         spelt_now = _spelt(tokenizer, list(self._words))
@@ -144,7 +146,12 @@ class TextProbe:
             if unknown_now > unknown:
                 tokens -= times * new
                 lost += times * old * guess
-        return (found.loss * tokens + lost) / sum(self._lengths)
+        return (found.loss * tokens + lost) / self._tokens
+
+
+def _count(tokenizer: Tokenizer, texts: list[str]) -> int:
+    """How many tokens some texts are."""
+    return sum(map(len, tokenizer.encode_batch(texts, add_special_tokens=False)))
 
 
 def _spelt(tokenizer: Tokenizer, words: list[str]) -> list[tuple[int, int]]:
@@ -155,14 +162,15 @@ def _spelt(tokenizer: Tokenizer, words: list[str]) -> list[tuple[int, int]]:
 
 def _beginning(documents: Documents, tokenizer: Tokenizer, tokens: int) -> Documents:
     """The first documents, until there are enough tokens."""
-    used: list[str] = []
+    used: list[Record] = []
     total = 0
-    for text, ids in zip(documents.texts, tokenizer.encode_batch(list(documents.texts), add_special_tokens=False)):
+    sides = [tokenizer.encode_batch(list(side), add_special_tokens=False) for side in zip(*documents.records)]
+    for record, *encoded in zip(documents.records, *sides, strict=True):
         if total >= tokens:
             break
-        used.append(text)
-        total += len(ids)
-    return Documents.of(used)
+        used.append(record)
+        total += sum(map(len, encoded))
+    return Documents.of_records(used, pairs=documents.targets is not None)
 
 
 class RowsProbe:

@@ -88,8 +88,6 @@ class ResizeRequest(Spec):
         check_how(self.method, self.search, self.refit)
         if self.budget is not None and self.calibrate is None:
             raise RequestError("a budget is spent by what cuts cost on text: give --calibrate FILE")
-        if self.budget is not None and any(each is not None and each.source for each in (self.calibrate, self.data)):
-            raise RequestError("a budget is measured on plain text: leave source and target out, or give the sizes")
         if self.budget is not None and self.vocabulary is not None:
             raise RequestError(
                 "a budget chooses the vocabulary's size by itself: leave vocabulary, words and multiple_of out, or the "
