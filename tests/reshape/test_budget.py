@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lathe
 from lathe.blueprint import count
 from lathe.errors import RequestError
 from lathe.families import objections
+from lathe.reshape import budget_cost
 from lathe.reshape.budget import plan_budget
 from lathe.reshape.budget_axes import Terms, offered, smallest
 from lathe.reshape.budget_cost import BudgetSettings, ByteCost, LatencyCost, read_budget
@@ -151,21 +153,33 @@ def test_a_budget_that_cannot_be_met_says_the_least_possible():
         plan_budget(model, probe, BudgetSettings(bytes=10**9))
 
 
-def test_milliseconds_are_met_by_what_was_timed():
+class Calls(TorchDispatchMode):
+    """A clock that tells how many operations have run: the work of a model, the same on every machine."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+    def perf_counter(self) -> float:
+        """Milliseconds, in seconds."""
+        return self.calls / 1000
+
+
+def test_milliseconds_are_met_by_what_was_timed(monkeypatch: pytest.MonkeyPatch):
     model = lathe.Model(lathe.preset("gpt2").with_({**TINY, **NO_IDS, "n_layers": 4}), seed=0)
     probe = RowsProbe(model, [{"input_ids": ids} for ids in rows()])
-    clock = LatencyCost(model.architecture, torch.device("cpu"), torch.float32)
-    one = clock.of(model.architecture.with_(n_layers=1))
-    four = clock.of(model.architecture)
-    if one >= four:
-        pytest.skip("this machine is too busy to tell one layer from four")
-    settings = BudgetSettings(milliseconds=(one + four) / 2, effort=1)
-    try:
-        plan = plan_budget(model, probe, settings)
-    except RequestError as error:  # timed anew, the model may be within the budget, or nothing may be
-        assert "max_latency" in str(error)  # noqa: PT017
-        return
-    assert plan.after <= settings.limit
+    with Calls() as clock:
+        monkeypatch.setattr(budget_cost, "time", clock)
+        timed = LatencyCost(model.architecture, torch.device("cpu"), torch.float32)
+        one, four = (timed.of(model.architecture.with_(n_layers=number)) for number in (1, 4))
+        assert 1 < one < four
+        plan = plan_budget(model, probe, BudgetSettings(milliseconds=(one + four) / 2, effort=1))
+    assert plan.before == pytest.approx(four)
+    assert one <= plan.after <= (one + four) / 2
+    assert plan.changes["decoder.n_layers"] < 4
+    assert plan.unit == "milliseconds"
     assert "threads" in plan.timed
 
 
