@@ -260,7 +260,7 @@ def _lengths(first: Path, reviews: Path) -> Iterator[int]:
 
 def _judge(trained: Path, held_out: Path) -> tuple[float, float]:
     """The loss on held-out reviews under fixed masks; the matrix operations of training, a useful token."""
-    from lathe.api import load
+    from lathe.api.loading import load
     from lathe.train.machine import flops_of_training
     from lathe.train.measure import measure
     from lathe.train.request import read_evaluation

@@ -83,6 +83,11 @@ def test_a_cut_model_opens_in_stock_transformers_with_the_same_logits(name: str,
     assert_stock(cut, tmp_path / "cut")
 
 
+def test_a_resize_that_is_asked_nothing_is_refused() -> None:
+    with pytest.raises(lathe.RequestError, match="nothing to change: give a size"):
+        lathe.resize(lathe.Model(small("gpt2"), seed=1))
+
+
 @pytest.mark.parametrize("field", FEWER)
 @pytest.mark.parametrize("name", MORE)
 def test_a_pruned_model_opens_in_stock_transformers_with_the_same_logits(name: str, field: str, tmp_path: Path) -> None:

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy
 import pytest
 
 from lathe.errors import RequestError
-from lathe.spec import Spec, choice, share, size, unknown
+from lathe.spec import Spec, choice, plain, share, size, unknown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +102,15 @@ def test_a_wrong_value_is_answered_with_what_was_expected(values: dict[str, obje
         Outer.from_dict(values)
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_numbers_of_numpy_are_kept_as_plain_ones() -> None:
+    record = Outer(width=numpy.int64(3), scale=numpy.float32(0.5), rate=numpy.float64(0.25))  # type: ignore[arg-type]
+    assert record.to_dict() == Outer(width=3, scale=0.5, rate=0.25).to_dict()
+    assert {type(value) for value in (record.width, record.scale, record.rate)} == {int, float}
+    assert type(plain(numpy.int32(4))) is int
+    with pytest.raises(RequestError, match=r"width=2.5: expected a whole number"):
+        Outer(width=numpy.float64(2.5))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("values", [None, 3, "text", [1, 2]])

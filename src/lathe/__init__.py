@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 from lathe._version import __version__
 
 if TYPE_CHECKING:
-    from lathe.api import Model, heal, load, plan_budget, quantize, resize
+    from lathe.api.loading import load
+    from lathe.api.model import Model
+    from lathe.api.quantizing import quantize
+    from lathe.api.resizing import heal, plan_budget, resize
     from lathe.architecture import Architecture
     from lathe.errors import LatheError, RequestError
     from lathe.generate.encode import classify, encode
@@ -24,19 +27,19 @@ if TYPE_CHECKING:
 _HOMES = {
     "Architecture": "lathe.architecture",
     "LatheError": "lathe.errors",
-    "Model": "lathe.api",
+    "Model": "lathe.api.model",
     "RequestError": "lathe.errors",
     "Tokenizer": "lathe.text.tokenizer",
     "Vocabulary": "lathe.reshape.vocabulary",
     "classify": "lathe.generate.encode",
     "encode": "lathe.generate.encode",
-    "heal": "lathe.api",
-    "load": "lathe.api",
+    "heal": "lathe.api.resizing",
+    "load": "lathe.api.loading",
     "plan": "lathe.planner",
-    "plan_budget": "lathe.api",
+    "plan_budget": "lathe.api.resizing",
     "preset": "lathe.presets",
-    "quantize": "lathe.api",
-    "resize": "lathe.api",
+    "quantize": "lathe.api.quantizing",
+    "resize": "lathe.api.resizing",
 }
 
 __all__ = [

@@ -120,7 +120,7 @@ class Attention(Spec):
         if self.n_heads % self.kv_heads:
             raise RequestError(
                 f"n_kv_heads={self.n_kv_heads}: expected a divisor of n_heads={self.n_heads}, "
-                "so that every group has as many query heads"
+                "so that every group has as many query heads; set the two together"
             )
 
     @property

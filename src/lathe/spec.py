@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import numbers
 import types
 import typing
 from collections.abc import Hashable, Iterable, Mapping
@@ -134,7 +135,7 @@ def plain(value: Any) -> Any:
     """A field's value as JSON has it: a record as its written form or as a dictionary."""
     if isinstance(value, Spec):
         return str(value) if hasattr(value, "parse") else value.to_dict()
-    return list(value) if isinstance(value, tuple) else value
+    return list(value) if isinstance(value, tuple) else _as_python(value)
 
 
 _EXPECTED = {
@@ -146,9 +147,18 @@ _EXPECTED = {
 }
 
 
+def _as_python(value: Any) -> Any:
+    """A number of another library, as NumPy's, as Python's own; anything else as it is."""
+    if type(value) in (bool, int, float):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
+
+
 def _coerce(value: Any, hint: Any, name: str) -> Any:
     """The value as its annotation wants it, or the line that says what was expected."""
-    options = _alternatives(hint)
+    options, value = _alternatives(hint), _as_python(value)
     for option in options:
         if typing.get_origin(option) is tuple:
             held = _tuple_of(value, option)

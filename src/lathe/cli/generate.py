@@ -16,7 +16,7 @@ from lathe.errors import RequestError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from lathe.api import Model
+    from lathe.api.model import Model
     from lathe.generate.text import Completion
 
 

@@ -18,7 +18,9 @@ from typing import Any, Protocol
 
 import torch
 
-from lathe.api import Model, load, parameter_count, resize
+from lathe.api.loading import load
+from lathe.api.model import Model, parameter_count
+from lathe.api.resizing import resize
 from lathe.data import Batch, Batches, special_tokens, tokenise
 from lathe.objectives import objective
 from lathe.quickstart.corpus import Corpus, python_corpus

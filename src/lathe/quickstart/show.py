@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lathe.api import Model
+from lathe.api.model import Model
 from lathe.text.tokenizer import Tokenizer
 
 _EXAMPLES = 4

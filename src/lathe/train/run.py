@@ -236,7 +236,10 @@ def _restore(stored: Stored, asked: Mapping[str, Any], batches: Resumable, run: 
             f"the run in {stored.path.parent.parent} was started with {name}={then} and this one says {now}; "
             "resume with the same, or start a new run in another directory"
         )
-    batches.load_state_dict(stored.state["data"])
+    try:
+        batches.load_state_dict(stored.state["data"])
+    except RequestError as error:
+        raise RequestError(f"the run in {stored.path.parent.parent}: {error}") from None
     run.load_state_dict(stored.state["run"], stored.moments(), stored.weights())
 
 
