@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from lathe.cli.settings import parse_settings
 from lathe.reshape.budget_job import spend
 from lathe.reshape.budget_table import ALONE, PLAN, alone_cells, plan_cells, sentences
-from lathe.reshape.job import open_job, open_source
 from lathe.reshape.measure import parameters_of
+from lathe.reshape.opening import open_job
 from lathe.reshape.request import read_request
+from lathe.reshape.source import open_source
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import lathe
 from lathe.errors import RequestError
 from lathe.reshape import heal as healing
 from lathe.reshape.heal import HealSettings, heal
-from lathe.reshape.job import open_job
+from lathe.reshape.opening import open_job
 from lathe.reshape.request import read_request
 from lathe.reshape.stages import half_way
 from lathe.reshape.text import TextSettings, endless, lay, read_documents

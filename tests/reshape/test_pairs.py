@@ -13,8 +13,8 @@ import pytest
 import lathe
 from lathe.errors import RequestError
 from lathe.reshape.budget_trial import TextProbe
-from lathe.reshape.job import open_job
 from lathe.reshape.measure import quality
+from lathe.reshape.opening import open_job
 from lathe.reshape.request import read_request
 from lathe.reshape.text import Documents, TextSettings, lay, read_documents
 from lathe.text.train import train_tokenizer

@@ -10,7 +10,7 @@ import torch
 
 import lathe
 from lathe.errors import RequestError
-from lathe.reshape.job import open_job
+from lathe.reshape.opening import open_job
 from lathe.reshape.request import read_request
 from tests.reshape.test_search import shape
 from tests.reshape.test_width import text

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lathe
-from lathe.reshape.job import open_job
+from lathe.reshape.opening import open_job
 from lathe.reshape.request import read_request
 from lathe.reshape.row_length import best_length
 from lathe.reshape.text import Documents, TextSettings

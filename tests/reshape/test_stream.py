@@ -20,8 +20,9 @@ from lathe.errors import RequestError
 from lathe.model.transformer import Transformer
 from lathe.reshape import resize
 from lathe.reshape.calibrate import moments
-from lathe.reshape.job import open_job, run_job
+from lathe.reshape.opening import open_job
 from lathe.reshape.request import read_request
+from lathe.reshape.run import run_job
 from lathe.reshape.spill import Tensors
 from lathe.reshape.stream import StreamedTransformer
 from lathe.reshape.width import norms_of
@@ -173,7 +174,7 @@ import lathe.reshape.carry_out
 from lathe.checkpoint.save import write_checkpoint
 from lathe.model.transformer import Transformer
 from lathe.reshape import resize
-from lathe.reshape.job import open_source
+from lathe.reshape.source import open_source
 from lathe.reshape.spill import Tensors
 from lathe.reshape.stream import StreamedTransformer
 torch.linalg.eigh(torch.ones(64, 64) @ torch.ones(64, 64))

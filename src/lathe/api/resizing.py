@@ -74,9 +74,11 @@ def resize(
     """
     from lathe.reshape.at_hand import in_words, stored_digest
     from lathe.reshape.carry_out import Work
-    from lathe.reshape.job import Silent, Source, job_at_hand
+    from lathe.reshape.job import Silent
+    from lathe.reshape.opening import job_at_hand
     from lathe.reshape.recipe import digest_of
     from lathe.reshape.request import ResizeRequest
+    from lathe.reshape.source import Source
     from lathe.reshape.text import TextSettings
     from lathe.reshape.vocabulary import Vocabulary
 

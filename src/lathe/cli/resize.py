@@ -90,8 +90,9 @@ def _resize(
     as_json: bool,
 ) -> None:
     from lathe.report.resizing import pages
-    from lathe.reshape.job import open_job, run_job
+    from lathe.reshape.opening import open_job
     from lathe.reshape.request import read_request
+    from lathe.reshape.run import run_job
 
     if _FIELD.match(destination.name) and not destination.exists():
         raise RequestError(f"{destination} is a change, where DST is expected: lathe resize SRC DST {destination}")
@@ -124,7 +125,7 @@ def _resize(
 
 def _replay(source: str, words: dict[str, Any], recipe: Path, device: str) -> Job:
     """The job of a recipe; only where the texts are may be said anew."""
-    from lathe.reshape.job import open_replay
+    from lathe.reshape.opening import open_replay
     from lathe.reshape.recipe import read_recipe
     from lathe.reshape.request import read_text
 

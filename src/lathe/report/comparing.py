@@ -20,9 +20,10 @@ from lathe.errors import RequestError
 from lathe.planner.quantities import bytes_text
 from lathe.report.frontier import Point, best, frontier_svg, write_frontier_png
 from lathe.report.html import Page
-from lathe.reshape.job import Reporter, Silent, Source, open_source
+from lathe.reshape.job import Reporter, Silent
 from lathe.reshape.measure import Quality, parameters_of, quality, speeds, weight_bytes
 from lathe.reshape.outcome import finite
+from lathe.reshape.source import Source, open_source
 from lathe.reshape.text import Text, TextSettings, lay, read_documents
 from lathe.train.machine import pick_device
 

@@ -24,9 +24,9 @@ from lathe.checkpoint.save import Saved
 from lathe.model.transformer import Transformer
 from lathe.reshape.carry_out import healed_step
 from lathe.reshape.history import History, Made, outcome_of, write
-from lathe.reshape.job import open_source
 from lathe.reshape.outcome import Outcome
 from lathe.reshape.recipe import Recipe, digest_of, source_digest
+from lathe.reshape.source import open_source
 from lathe.reshape.text import VocabularySettings
 from lathe.reshape.vocabulary import Vocabulary
 from lathe.text.tokenizer import Tokenizer

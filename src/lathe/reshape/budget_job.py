@@ -15,9 +15,11 @@ from lathe.reshape.budget import BudgetPlan, plan_budget
 from lathe.reshape.budget_cost import BudgetSettings
 from lathe.reshape.budget_trial import RowsProbe, TextProbe
 from lathe.reshape.calibrate import Batch
-from lathe.reshape.job import Job, through, with_sizes
+from lathe.reshape.job import Job
+from lathe.reshape.opening import with_sizes
 from lathe.reshape.resize import check_how
 from lathe.reshape.row_length import best_length
+from lathe.reshape.run import through
 from lathe.reshape.stream import StreamedTransformer
 from lathe.reshape.text import TextSettings, read_documents
 from lathe.reshape.vocabulary import settings_ids

@@ -25,7 +25,7 @@ from lathe.data.batch import Batch
 from lathe.model.transformer import Transformer
 from lathe.reshape.heal import Healing, HealSettings, heal
 from lathe.reshape.history import History, Made, Reading, described, outcome_of, write
-from lathe.reshape.job import Job, Reporter, open_source, recipe_of
+from lathe.reshape.job import Job, Reporter, recipe_of
 from lathe.reshape.measure import (
     is_two_sided,
     logits_of,
@@ -39,6 +39,7 @@ from lathe.reshape.outcome import Outcome, Size
 from lathe.reshape.recipe import Recipe, require_same
 from lathe.reshape.resize import Resized, resize
 from lathe.reshape.share_remainder import REMAINDER, kept_remainder
+from lathe.reshape.source import open_source
 from lathe.reshape.state import Step
 from lathe.reshape.stream import weights_of, whole
 from lathe.reshape.text import Documents, endless, lay, read_documents
