@@ -18,7 +18,7 @@ from lathe.errors import RequestError
 from lathe.spec import plain
 
 if TYPE_CHECKING:
-    from lathe.reshape.budget import BudgetPlan
+    from lathe.reshape.budget_plan import BudgetPlan
     from lathe.reshape.vocabulary import Vocabulary
     from lathe.text.corpus import Corpus
 

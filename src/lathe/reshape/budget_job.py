@@ -11,8 +11,9 @@ from typing import Any
 
 from lathe.errors import RequestError
 from lathe.model.transformer import Transformer
-from lathe.reshape.budget import BudgetPlan, plan_budget
+from lathe.reshape.budget import plan_budget
 from lathe.reshape.budget_cost import BudgetSettings
+from lathe.reshape.budget_plan import BudgetPlan
 from lathe.reshape.budget_trial import RowsProbe, TextProbe
 from lathe.reshape.calibrate import Batch
 from lathe.reshape.job import Job
