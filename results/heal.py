@@ -5,13 +5,16 @@
 The model that a run left is cut (rotate + refit) and healed with 5 and 20% of the tokens that it was trained on, from
 the same text. Beside it stand models of the cut's size that were trained from nothing, with the run's own settings:
 one on as many tokens as each healing took, and one on the parent's whole budget (`--whole`). Every training is a run
-in OUT, which goes on where it was interrupted; the table goes to stdout and to OUT.md.
+in OUT, which goes on where it was interrupted; the table goes to stdout and to OUT.md. Any other sizes get a row each:
+
+    python results/heal.py t5 --shares "" --sizes d_ff=352,d_model=136 --noise 0.3 --out heal-t5-plan
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,8 @@ from lathe.reshape.measure import parameters_of
 from lathe.train.job import open_job
 from lathe.train.request import RunSettings, read_request
 
+Sizes = Mapping[str, Any]
+
 
 def main() -> None:
     """Cut, heal, train, and print the table."""
@@ -34,18 +39,18 @@ def main() -> None:
     fitted = parent.sample(given.tokens)
     whole = ledger.once("parent", parent.perplexity)
     budgets = {f"{100 * part:g} %": round(part * parent.tokens) for part in given.heal}
-    header = ["width", "parameters", "cut", *(f"healed, {name}" for name in budgets)]
+    header = ["sizes", "parameters", "cut", *(f"healed, {name}" for name in budgets)]
     header += [f"from nothing, {name}" for name in budgets] + (["from nothing, all"] if given.whole else [])
     rows = []
-    for share in given.shares:
-        size = width(parent.model, share)
-        cut = _cut(parent, size, fitted)
-        found = [ledger.once(f"{size} cut", parent.perplexity, cut)]
+    for label, sizes in _asked_sizes(parent, given):
+        cut, key = _cut(parent, sizes, fitted), _key(sizes)
+        found = [ledger.once(f"{key} cut", parent.perplexity, cut)]
         for tokens in budgets.values():
-            found.append(ledger.once(f"{size} healed {tokens}", _healed, parent, cut, tokens, given))
+            folder = given.out / f"{key}-healed-{tokens}"
+            found.append(ledger.once(f"{key} healed {tokens}", _healed, parent, cut, tokens, given, folder))
         for tokens in [*budgets.values(), *([parent.tokens] if given.whole else [])]:
-            found.append(ledger.once(f"{size} new {tokens}", _new, parent, size, tokens, given.out))
-        cells = [f"{100 * share:g} % ({size})", f"{parameters_of(cut):,}", *(f"{each / whole:.3f}" for each in found)]
+            found.append(ledger.once(f"{key} new {tokens}", _new, parent, sizes, tokens, given.out))
+        cells = [label, f"{parameters_of(cut):,}", *(f"{each / whole:.3f}" for each in found)]
         rows.append(f"| {' | '.join(cells)} |")
         tokens_of = ", ".join(f"{name} are {tokens:,} tokens" for name, tokens in budgets.items())
         lines = [
@@ -59,30 +64,43 @@ def main() -> None:
     print(given.out.with_suffix(".md").read_text(encoding="utf-8"))
 
 
-def _cut(parent: Parent, size: int, fitted: list[Batch]) -> lathe.Model:
-    return lathe.resize(parent.model, d_model=size, calibrate=[batch.inputs for batch in fitted], own_form=True)
+def _asked_sizes(parent: Parent, given: argparse.Namespace) -> Iterator[tuple[str, Sizes]]:
+    """A name and the sizes of each row."""
+    for share in given.shares:
+        size = width(parent.model, share)
+        yield f"{100 * share:g} % ({size})", {"d_model": size}
+    for text in given.sizes:
+        yield text.replace(",", ", "), {name: int(size) for name, size in (each.split("=") for each in text.split(","))}
 
 
-def _healed(parent: Parent, cut: lathe.Model, tokens: int, given: argparse.Namespace) -> float:
-    name = f"{cut.architecture.d_model}-healed-{tokens}"
+def _key(sizes: Sizes) -> str:
+    """What the runs and numbers of some sizes are kept under."""
+    return "-".join(str(size) if name == "d_model" else f"{name}-{size}" for name, size in sizes.items())
+
+
+def _cut(parent: Parent, sizes: Sizes, fitted: list[Batch]) -> lathe.Model:
+    return lathe.resize(parent.model, calibrate=[batch.inputs for batch in fitted], own_form=True, **sizes)
+
+
+def _healed(parent: Parent, cut: lathe.Model, tokens: int, given: argparse.Namespace, folder: Path) -> float:
     tensors = {key: tensor.clone() for key, tensor in cut.tensors().items()}  # the cut itself stays as it is
     model = lathe.Model(cut.architecture, tensors, tokenizer=parent.model.tokenizer)
     how = {"optimizer": given.optimizer, "lr": given.lr, "weight": given.weight, "noise": given.noise}
     settings = HealSettings(file="the run's own", tokens=tokens, save_every=200, **how)
-    heal(model, parent.model, parent.batches(), settings, given.out / name)
+    heal(model, parent.model, parent.batches(), settings, folder)
     return parent.perplexity(model)
 
 
-def _new(parent: Parent, size: int, tokens: int, out: Path) -> float:
+def _new(parent: Parent, sizes: Sizes, tokens: int, out: Path) -> float:
     """Perplexity of a model that was trained from nothing; on the whole budget after whatever came before the run."""
-    first, start = _first_run(parent.request), None
+    first, start, key = _first_run(parent.request), None, _key(sizes)
     if first is not None and tokens == parent.tokens:
-        start = _trained(first, size, first.tokens, out / f"{size}-first", None)
+        start = _trained(first, sizes, first.tokens, out / f"{key}-first", None)
     elif first is not None:
-        start, blank = out / f"{size}-start", parent.model.architecture.with_({"d_model": size})
+        start, blank = out / f"{key}-start", parent.model.architecture.with_(sizes)
         if not start.exists():
             lathe.Model(blank, seed=0, tokenizer=parent.model.tokenizer).save(start)
-    return parent.perplexity(lathe.load(_trained(parent.request, size, tokens, out / f"{size}-new-{tokens}", start)))
+    return parent.perplexity(lathe.load(_trained(parent.request, sizes, tokens, out / f"{key}-new-{tokens}", start)))
 
 
 def _first_run(request: RunSettings) -> RunSettings | None:
@@ -93,13 +111,14 @@ def _first_run(request: RunSettings) -> RunSettings | None:
     return read_request(json.loads(asked_before.read_text(encoding="utf-8")), {})
 
 
-def _trained(request: RunSettings, size: int, tokens: int | None, folder: Path, start: Path | None) -> Path:
-    """The last checkpoint of a run at another size, from `start` or from nothing."""
+def _trained(request: RunSettings, sizes: Sizes, tokens: int | None, folder: Path, start: Path | None) -> Path:
+    """The last checkpoint of a run at other sizes, from `start` or from nothing."""
     changes: dict[str, Any] = {"tokens": tokens, "evaluate_every": None}
     if tokens is not None:  # a short run rises as early in its time
         steps = tokens // ((request.data.rows or 1) * request.data.length)
         changes["schedule.warmup"] = min(request.schedule.warmup, steps // 10)
-    changes |= {"architecture.d_model": size} if start is None else {"model": str(start)}
+    made = {f"architecture.{name}": size for name, size in sizes.items()}
+    changes |= made if start is None else {"model": str(start)}
     open_job(asked(request, out=str(folder), **changes)).run(resume=folder.exists())
     return folder / "checkpoints/last"
 
@@ -110,6 +129,7 @@ def _words() -> argparse.Namespace:
     words.add_argument("--tokens", type=int, default=24_000, help="how much text the cuts are fitted on")
     words.add_argument("--held-tokens", type=int, default=20_000, help="how much text all is measured on")
     words.add_argument("--shares", type=_numbers, default=[0.75, 0.5])
+    words.add_argument("--sizes", nargs="*", default=[], help="other sizes, as d_ff=352,d_model=136")
     words.add_argument("--heal", type=_numbers, default=[0.05, 0.2], help="shares of the parent's training tokens")
     words.add_argument("--optimizer", default="adafactor", help="of the healing: adafactor or adamw")
     words.add_argument("--lr", type=float, help="of the healing; where left out, what lathe heals with")
@@ -121,7 +141,7 @@ def _words() -> argparse.Namespace:
 
 
 def _numbers(text: str) -> list[float]:
-    return [float(each) for each in text.split(",")]
+    return [float(each) for each in text.split(",") if each]
 
 
 if __name__ == "__main__":
