@@ -61,7 +61,9 @@ def _cuts(model: lathe.Model) -> dict[str, dict[str, Any]]:
     found[f"n_layers={stack.n_layers - 1}"] = {"n_layers": stack.n_layers - 1}
     for size in (round(d_model * part) for part in (2 / 3, 1 / 2, 1 / 3)):
         found[f"d_embed={size}"] = {"d_embed": size}
-    for mode in ("all", "attention", "feed_forward", "groups:2"):
+    # As many equal groups as there can be; layers of a prime number have none but all in one.
+    groups = max((n for n in range(2, stack.n_layers) if stack.n_layers % n == 0), default=None)
+    for mode in ("all", "attention", "feed_forward", *([] if groups is None else [f"groups:{groups}"])):
         found[f"sharing={mode}"] = {"sharing": mode}
     return found
 
