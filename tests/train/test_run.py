@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import resource
 import subprocess
 import sys
@@ -192,7 +193,7 @@ def change_rate(setting: Setting) -> str:
 def change_data(setting: Setting) -> str:
     made = setting.data
     setting.data = lambda: Batches(made().corpus, made().objective, length=16, rows=4)
-    return "the saved position is in other data: length was 32 and is 16"
+    return f"the run in {re.escape(str(setting.folder))}: the saved position is in other data: length was 32 and is 16"
 
 
 @pytest.mark.parametrize("change", [change_architecture, change_rate, change_data])

@@ -83,6 +83,7 @@ def resize(
     from lathe.reshape.vocabulary import Vocabulary
 
     require_plain(model, "resize it")
+    changes = {name: plain(value) for name, value in changes.items()}
     asked = vocabulary if vocabulary is None or isinstance(vocabulary, Vocabulary) else Vocabulary(vocabulary)
     text, batches = None, []
     if isinstance(calibrate, str | os.PathLike):
@@ -104,7 +105,7 @@ def resize(
         raise RequestError("nothing to change: give a size, as in d_model=384, a vocabulary, or a budget")
     request = ResizeRequest(
         source=model.name,
-        changes={name: plain(value) for name, value in changes.items()},
+        changes=changes,
         **how,
         calibrate=text,
         vocabulary=in_words(asked),
@@ -200,7 +201,7 @@ def plan_budget(
         settings,
         text,
         tokenizer=model.tokenizer,
-        fixed=changes,
+        fixed={name: plain(value) for name, value in changes.items()},
         how={"method": method, "search": search, "refit": refit, "share": share},
         seed=seed,
         own_form=own_form,
