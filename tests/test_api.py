@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import transformers
 
 import lathe
 from lathe.architecture import Architecture
+from lathe.errors import RequestError
+from lathe.text.train import train_tokenizer
 
 SMALL = {"d_model": 24, "n_layers": 2, "n_heads": 2, "d_head": 12, "d_ff": 32, "vocab_size": 60}
 CUTS: dict[str, dict[str, Any]] = {
@@ -158,3 +161,62 @@ def test_a_model_keeps_the_mode_of_the_object_it_came_from() -> None:
 def test_a_model_can_be_planned() -> None:
     plan = lathe.Model(small("t5-small"), seed=0).plan(d_model=16).to_dict()
     assert plan["before"]["parameters"]["total"] > plan["after"]["parameters"]["total"]
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_model_in_memory_is_resized_wherever_its_files_are_by_now(
+    gone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lathe.Model(small("gpt2"), seed=0).save("gpt2")
+    model = lathe.load("gpt2")
+    if gone:
+        shutil.rmtree("gpt2")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir("other")
+    grown = lathe.resize(model, d_ff=40)
+    assert grown.history is not None
+    assert grown.history.recipe.obstacle == ("its source was a model in memory that no files hold" if gone else "")
+
+
+def test_another_tokenizer_than_the_files_is_no_model_that_they_hold(tmp_path: Path) -> None:
+    one, other = (train_tokenizer([f"{word} turns wood"] * 9, 265, convention="gpt2") for word in ("lathe", "plane"))
+    lathe.Model(small("gpt2").with_(vocab_size=265), seed=0, tokenizer=one).save(tmp_path / "gpt2")
+    model = lathe.load(tmp_path / "gpt2")
+    model.tokenizer = other
+    grown = lathe.resize(model, d_ff=40)
+    assert grown.history is not None
+    assert "no files hold" in grown.history.recipe.obstacle
+
+
+def test_a_tokenizer_of_another_library_is_refused() -> None:
+    model = lathe.Model(small("gpt2"), seed=0)
+    with pytest.raises(RequestError, match=r"expected a lathe\.Tokenizer, not a str"):
+        model.tokenizer = "gpt2"  # type: ignore[assignment]
+    assert model.tokenizer is None
+
+
+def test_weights_of_several_types_are_read_in_the_widest(tmp_path: Path) -> None:
+    config = transformers.T5Config(d_model=24, d_kv=12, num_heads=2, d_ff=32, num_layers=1, vocab_size=60)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    half = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "t5", dtype=torch.float16)
+    assert len({tensor.dtype for tensor in half.state_dict().values()}) == 2  # it keeps `wo` wide
+    half.save_pretrained(tmp_path / "half")
+    given = batch(lathe.load(tmp_path / "half").architecture)
+    for model in (lathe.load(tmp_path / "half"), lathe.load(half)):
+        assert {tensor.dtype for tensor in model.tensors().values()} == {torch.float32}
+        with torch.no_grad():
+            torch.testing.assert_close(model(**given).logits, half.float()(**given).logits, rtol=1e-4, atol=1e-4)
+    assert lathe.load(tmp_path / "half", dtype=torch.float16).dtype == torch.float16
+
+
+@pytest.mark.parametrize("size", ["10kB", 0, 1.5])
+def test_a_shard_of_no_bytes_is_refused(size: Any, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"^max_shard_bytes=.*expected a number of bytes"):
+        lathe.Model(small("gpt2"), seed=0).save(tmp_path / "gpt2", max_shard_bytes=size)
+    assert not (tmp_path / "gpt2").exists()
+
+
+def test_a_number_is_no_vocabulary() -> None:
+    with pytest.raises(RequestError, match=r"^vocabulary=5: expected text"):
+        lathe.resize(lathe.Model(small("gpt2"), seed=0), vocabulary=5)  # type: ignore[arg-type]

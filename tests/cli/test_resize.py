@@ -135,6 +135,42 @@ def test_a_recipe_makes_the_same_bytes_and_refuses_anything_else(cli: Callable, 
     assert not Path("three").exists()
 
 
+def test_a_replay_may_be_measured_on_another_text_and_is_replayed_itself(cli: Callable, here: Path):
+    words = ["d_ff=16", "calibrate.tokens=900", "--calibrate", "text.txt", "--device", "cpu"]
+    assert cli("resize", "gpt2", "one", *words).code == 0
+    two = cli("resize", "gpt2", "two", "--recipe", "one", "--data", "held.txt", "--device", "cpu")
+    assert two.code == 0, two.err
+    three = cli("resize", "gpt2", "three", "--recipe", "two", "--device", "cpu")
+    assert three.code == 0, three.err
+    assert "byte for byte" in three.err
+
+
+@pytest.mark.parametrize("text", ["calibrate", "heal", "vocabulary"])
+def test_a_replay_refuses_a_text_that_its_recipe_does_not_name(cli: Callable, here: Path, text: str):
+    assert cli("resize", "gpt2", "one", "d_ff=40", "--device", "cpu").code == 0
+    again = cli("resize", "gpt2", "two", "--recipe", "one", f"{text}=text.txt")
+    assert again.code == 2
+    assert f"the recipe names no {text} text" in again.err
+
+
+@pytest.mark.parametrize("heals", [False, True])
+def test_what_somebody_keeps_beside_dst_stays_there(cli: Callable, here: Path, heals: bool):
+    Path("new.heal").mkdir()
+    Path("new.heal/notes.txt").write_text("mine", encoding="utf-8")
+    words = ["--heal", "text.txt", "heal.steps=2", "heal.rows=2", "heal.length=32"] if heals else []
+    ran = cli("resize", "gpt2", "new", "d_ff=40", *words, "--device", "cpu")
+    assert ran.code == 0, ran.err
+    assert [path.name for path in Path("new.heal").iterdir()] == ["notes.txt"]
+
+
+def test_a_card_keeps_its_languages(cli: Callable, here: Path):
+    shutil.copytree("gpt2", "norse")
+    Path("norse/README.md").write_text("---\nlanguage:\n- no\n- en\nlicense: mit\n---\n", encoding="utf-8")
+    assert cli("resize", "norse", "new", "d_ff=40", "--device", "cpu").code == 0
+    header = yaml.safe_load(Path("new/README.md").read_text(encoding="utf-8").split("---")[1])
+    assert (header["language"], header["license"]) == (["no", "en"], "mit")
+
+
 def test_healing_in_two_stages_replays_to_the_same_bytes(cli: Callable, here: Path):
     words = ["d_model=4", "d_head=4", "heal.steps=4", "heal.rows=2", "heal.length=32", "heal.hidden=0.1"]
     texts = ["--calibrate", "text.txt", "--heal", "text.txt", "--device", "cpu"]
@@ -200,6 +236,9 @@ WRONG: list[tuple[list[str], str]] = [
     (["nowhere/", "new", "d_ff=40"], "there is no directory"),
     (["gpt2", "d_ff=40", "--calibrate", "text.txt"], "d_ff=40 is a change, where DST is expected"),
     (["blown", "new", "d_ff=20", "--calibrate", "text.txt"], "holds numbers that are not finite"),
+    (["gpt2", "new", "d_ff=20", "--calibrate", "text.txt", "--device", "gpu"], "device=gpu: there is no such device"),
+    (["gpt2", "new", "d_ff=20", "--calibrate", "text.txt", "share=middle"], "share=middle: this says"),
+    (["gpt2", "new", "--max-parameters=9k", "--max-bytes=9kB", "--calibrate", "text.txt"], "are two budgets"),
     (["gpt2", "new", "--recipe", "none.json"], "cannot read the recipe"),
     (["gpt2", "new", "--recipe", "gpt2/config.json"], "holds no recipe"),
 ]
@@ -228,11 +267,26 @@ def test_what_is_wrong_is_one_line_and_leaves_nothing(cli: Callable, here: Path,
     assert sorted(path.name for path in here.iterdir()) == before
 
 
-@pytest.mark.parametrize(("text", "line"), [(None, "there is no file other.txt"), ("\n", "other.txt holds no")])
-def test_the_text_to_heal_on_is_opened_before_anything_is_cut(cli: Callable, here: Path, text: str | None, line: str):
+@pytest.mark.parametrize(
+    ("source", "text", "line"),
+    [
+        ("gpt2", None, "there is no file other.txt"),
+        ("gpt2", "\n", "other.txt holds no"),
+        ("gpt2", "the lathe turns wood " * 99, "give rows of at most 64 positions instead of 128"),
+        ("labels", "the lathe turns", "predicts no tokens, so text alone cannot heal it"),
+    ],
+)
+def test_the_text_to_heal_on_is_read_before_anything_is_cut(
+    cli: Callable, here: Path, source: str, text: str | None, line: str
+):
     if text is not None:
         Path("other.txt").write_text(text, encoding="utf-8")
-    ran = cli("resize", "gpt2", "new", "d_ff=20", "--calibrate", "text.txt", "--heal", "other.txt")
+    if source == "labels":
+        bert = lathe.load("bert")
+        labels = lathe.preset("bert-base-uncased", head="classification").head
+        lathe.Model(bert.architecture.with_({"head": labels}), seed=0, tokenizer=bert.tokenizer).save("labels")
+    words = ["d_ff=20", "heal.length=128", "--calibrate", "text.txt", "--heal", "other.txt"]
+    ran = cli("resize", source, "new", *words)
     assert ran.code == 2
     assert ran.err.strip().splitlines() == [ran.err.strip()]
     assert line in ran.err
@@ -305,6 +359,11 @@ def test_models_are_compared_on_the_same_text(cli: Callable, here: Path):
     other = cli("compare", "gpt2", "t5", "--data", "held.txt", "--device", "cpu")
     assert other.code == 0, other.err
     assert "do not compare" in other.out
+    names = [f"a-name-that-is-longer-than-its-column-and-ends-in-{end}" for end in ("alpha", "beta")]
+    for name in names:
+        Path(name).symlink_to(Path("gpt2").resolve())
+    long = cli("compare", *names, "--data", "held.txt", "--device", "cpu")
+    assert all(f"│ {name} " in long.out for name in names)
     for words, line in (([], "--data FILE"), (["--data", "held.txt", "--out", "side"], "already exists")):
         wrong = cli("compare", "gpt2", *words)
         assert (wrong.code, line in wrong.err) == (2, True)

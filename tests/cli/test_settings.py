@@ -17,6 +17,8 @@ from lathe.errors import RequestError
         ("d_model=-1", "d_model", -1),
         ("encoder.n_layers=4", "encoder.n_layers", 4),
         ("dropout=0.1", "dropout", 0.1),
+        ("words=007", "words", "007"),
+        ("seed=0", "seed", 0),
         ("eps=1e-6", "eps", 1e-6),
         ("dropout=.5", "dropout", 0.5),
         ("tied=false", "tied", False),

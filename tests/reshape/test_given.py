@@ -42,6 +42,12 @@ def test_a_model_that_reads_and_writes_writes_what_it_reads(given: Any):
     assert given_batch(model("t5-small", pad=0), given) is given
 
 
+def test_ids_of_another_whole_type_are_ids():
+    made = given_batch(model("gpt2", pad=None), IDS.to(torch.uint8))["input_ids"]
+    assert made.dtype == torch.int64
+    assert torch.equal(made, IDS)
+
+
 def test_padded_rows_fit_a_cut_as_their_texts_do():
     parent, draw = model("gpt2", pad=0, eos=[1]), torch.Generator().manual_seed(0)
     ids = torch.randint(2, 40, (40, 12), generator=draw)
@@ -53,7 +59,14 @@ def test_padded_rows_fit_a_cut_as_their_texts_do():
 
 @pytest.mark.parametrize(
     ("given", "line"),
-    [(["hello world"], "one is a str"), ([1, 2], "one is a int"), ([{"input_ids": [1, 2]}], "one is a dict")],
+    [
+        (["hello world"], "one is a str"),
+        ([1, 2], "one is a int"),
+        ([{"input_ids": [1, 2]}], "one is a dict"),
+        (None, "it is a NoneType"),
+        ([IDS.float()], "token ids are whole numbers, and a batch holds torch.float32"),
+        ([IDS[:0]], "a batch of 0 × 4 token ids"),
+    ],
 )
 def test_what_is_no_batch_is_one_line(given: Any, line: str):
     with pytest.raises(RequestError, match=line) as raised:

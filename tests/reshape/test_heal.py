@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lathe.reshape.heal import HealSettings, heal
 from lathe.reshape.opening import open_job
 from lathe.reshape.request import read_request
 from lathe.reshape.stages import half_way
-from lathe.reshape.text import TextSettings, endless, lay, read_documents
+from lathe.reshape.text import TextSettings, endless, healing_text, lay, read_documents
 from lathe.text.train import train_tokenizer
 from lathe.train import Distillation, evaluate, fit
 
@@ -263,6 +264,45 @@ def test_one_long_document_is_divided(parent: tuple[lathe.Model, Path], tmp_path
     tokens = [sum(map(len, model.tokenizer.encode_batch(list(each.texts)))) for each in (used, held)]
     assert sum(tokens) == pytest.approx(500, rel=0.1)
     assert tokens[0] > 5 * tokens[1] > 0
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_the_end_that_few_documents_are_measured_on_is_healed_on_by_none(
+    parent: tuple[lathe.Model, Path], tmp_path: Path, number: int
+):
+    model, file = parent
+    assert model.tokenizer is not None
+    few = tmp_path / "few.txt"
+    lines = file.read_text(encoding="utf-8").splitlines()
+    few.write_text("\n".join(" ".join(lines[n::number]) for n in range(number)), encoding="utf-8")
+    settings = TextSettings(file=str(few))
+    used, apart = read_documents(settings, model.tokenizer, apart=True)
+    healing = healing_text(settings, model.tokenizer, apart)
+    assert len(apart.texts) == 1
+    assert len(healing.texts) == number
+    assert not any(apart.texts[0] in text for text in healing.texts)
+    assert {text.strip() for text in healing.texts} == set(used.texts)
+
+
+def test_a_teacher_that_is_no_model_is_refused_and_a_quantised_one_teaches(parent: tuple[lathe.Model, Path]):
+    model, file = parent
+    small = lathe.resize(model, d_ff=16, calibrate=file)
+    before = {name: tensor.clone() for name, tensor in small.tensors().items()}
+    with pytest.raises(RequestError, match=r"cannot heal from it: expected a lathe\.Model"):
+        lathe.heal(small, model.to_transformers(), file, steps=1)
+    assert all(torch.equal(before[name], tensor) for name, tensor in small.tensors().items())
+    with tempfile.TemporaryDirectory() as folder:
+        lathe.quantize(model, bits=8).save(f"{folder}/small")
+        lathe.heal(small, lathe.load(f"{folder}/small"), file, steps=1, rows=2, length=32)
+    assert small.history is not None
+    assert "heal" in small.history.recipe.stages[-1]
+
+
+@pytest.mark.parametrize(("name", "value"), [("stages", 2), ("file", "b.txt")])
+def test_a_setting_of_the_command_alone_is_refused(parent: tuple[lathe.Model, Path], name: str, value: Any):
+    model, file = parent
+    with pytest.raises(RequestError, match=f"^{name}={value!r}: "):
+        lathe.heal(model, model, file, **{name: value})
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,11 @@ from lathe.text.tokenizer import Tokenizer
 
 def batches_of(model: Model, calibrate: Iterable[Tensor | Mapping[str, Tensor]]) -> list[Mapping[str, Tensor]]:
     """Batches that a user gave, as keyword arguments of the model."""
+    if not isinstance(calibrate, Iterable):
+        raise RequestError(
+            f"calibrate: expected a file, or batches of token ids, and it is a {type(calibrate).__name__}; leave it "
+            "out where nothing is fitted"
+        )
     return [given_batch(model, each) for each in calibrate]
 
 
@@ -25,12 +30,17 @@ def require_plain(model: Any, to_do: str) -> None:
     Args:
         to_do: what was wanted, as "resize it".
     """
+    require_model(model, to_do)
+    refuse_quantized(model, to_do)
+
+
+def require_model(model: Any, to_do: str) -> None:
+    """Refuse what is no `lathe.Model`; arguments as for `require_plain`."""
     if not isinstance(model, Model):
         raise RequestError(
             f"cannot {to_do}: expected a lathe.Model, not a {type(model).__name__}; lathe.load opens a directory, a "
             "hub id or a model of transformers"
         )
-    refuse_quantized(model, to_do)
 
 
 def require_tokenizer(model: Model, file: str) -> Tokenizer:

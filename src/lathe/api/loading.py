@@ -12,7 +12,7 @@ from torch import Tensor
 from lathe.adapt.opening import base_of, is_adapter, open_adapted_as, tokenizer_of
 from lathe.api.model import Model
 from lathe.architecture import Architecture
-from lathe.checkpoint.load import Checkpoint, open_checkpoint
+from lathe.checkpoint.load import Checkpoint, of_one_type, open_checkpoint
 from lathe.errors import RequestError
 from lathe.families import class_name, family, read_config
 from lathe.families.adapter import Reader
@@ -86,6 +86,10 @@ class _ObjectSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
 
+    def dtype(self, name: str) -> torch.dtype:
+        tensor: Tensor = self._tensors[name]
+        return tensor.dtype
+
     def tensor(self, name: str) -> Tensor:
         tensor: Tensor = self._tensors[name]
         return tensor.detach().clone()
@@ -103,6 +107,7 @@ def _from_object(model: torch.nn.Module, device: torch.device | str | None, dtyp
     class_name(config, source)
     generation = getattr(model, "generation_config", None)
     settings = generation.to_diff_dict() if generation is not None else {}
-    reader = Reader(source, architecture, _ObjectSource(model))
-    loaded = Model.from_checkpoint(Checkpoint(reader, None, config, settings), device=device, dtype=dtype)
+    held = _ObjectSource(model)
+    parameters = of_one_type(Reader(source, architecture, held), held)
+    loaded = Model.from_checkpoint(Checkpoint(parameters, None, config, settings), device=device, dtype=dtype)
     return loaded.train(model.training)

@@ -80,10 +80,28 @@ class Model(Transformer):
         self.config = dict(config or {})
         self.steps: tuple[Step, ...] = ()  # what was done to get here, where the model was resized
         self.history: History | None = None  # the same with what it cost, for `save` to write down
-        self.name, self.directory = "a model in memory", None if directory is None else Path(directory)
+        self.name, self.directory = "a model in memory", None if directory is None else Path(directory).absolute()
         if device is not None or dtype is not None:
             self.to(device=device, dtype=dtype)
         self.eval()
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """Text to ids and back; None where the model has none.
+
+        Raises:
+            RequestError: set to what is no `lathe.Tokenizer`.
+        """
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Tokenizer | None) -> None:
+        if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+            raise RequestError(
+                f"tokenizer: expected a lathe.Tokenizer, not a {type(tokenizer).__name__}; save_pretrained writes that "
+                "one, and lathe.Tokenizer.load opens what it wrote"
+            )
+        self._tokenizer = tokenizer
 
     @classmethod
     def from_checkpoint(

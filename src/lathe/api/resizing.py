@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lathe.adapt import adapter_names
-from lathe.api.given import batches_of, require_plain, require_tokenizer
+from lathe.api.given import batches_of, require_model, require_plain, require_tokenizer
 from lathe.api.model import Model
 from lathe.errors import RequestError
 from lathe.spec import plain
@@ -111,11 +111,12 @@ def resize(
         vocabulary=in_words(asked),
         device=model.device.type,
     )
-    source = Source(model.name, model.directory, model, model.tokenizer, model.generation, model.config)
+    where = model.directory if model.directory is not None and model.directory.is_dir() else None
+    source = Source(model.name, where, model, model.tokenizer, model.generation, model.config)
     job = job_at_hand(
         request,
         source,
-        stored_digest(model, model.directory, model.tokenizer),
+        stored_digest(model, where, model.tokenizer),
         batches=batches,
         vocabulary=asked,
         budget=budget,
@@ -235,13 +236,21 @@ def heal(
         LatheError: the loss is no number any more, or the disk is full.
     """
     from lathe.reshape.at_hand import digests, healed, stored_digest
-    from lathe.reshape.carry_out import healing_text
     from lathe.reshape.heal import HealSettings
     from lathe.reshape.heal import heal as run
     from lathe.reshape.measure import is_two_sided, logits_of
-    from lathe.reshape.text import endless
+    from lathe.reshape.text import endless, healing_text
 
     require_plain(model, "heal it")
+    require_model(teacher, "heal from it")
+    if not isinstance(data, str | os.PathLike):
+        raise RequestError(f"data: expected a file that lathe.data.read opens, not a {type(data).__name__}")
+    for name, instead in (
+        ("file", "it is the third argument, data"),
+        ("stages", "resize cuts in stages, heal in none"),
+    ):
+        if name in settings:
+            raise RequestError(f"{name}={settings[name]!r}: {instead}; leave it out")
     asked = HealSettings.from_dict({"file": os.fspath(data), **settings})
     tokenizer = require_tokenizer(model, asked.file)
     history, before = model.history, None
@@ -251,9 +260,9 @@ def heal(
         shown = history.reading.settings
         if asked.length is None and shown is not None:  # rows as long as the cut was fitted on
             asked = dataclasses.replace(asked, length=shown.length)
-    documents = healing_text(asked, tokenizer, None if history is None else history.reading)
+    documents = healing_text(asked.text, tokenizer, None if history is None else history.reading.apart)
     batches = endless(documents, asked.text, model.architecture, tokenizer)
-    place = None if folder is None else Path(folder)
+    place = None if folder is None else Path(folder).expanduser()
     both = None if place is None else digests(model, teacher)
     done = run(model, teacher, batches, asked, place, tokenizer=tokenizer, config=model.config, asked=both)
     if history is not None and before is not None:

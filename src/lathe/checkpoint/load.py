@@ -7,7 +7,9 @@ blueprint's names; it can hold what no family can. Tensors are read when they ar
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,9 +24,12 @@ from lathe.families import family, read_config
 from lathe.families.adapter import Reader, Source
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from lathe.model.codes import Codes
+
+log = logging.getLogger("lathe")
 
 CONFIG, OWN, GENERATION = "config.json", "lathe.json", "generation_config.json"
 
@@ -98,17 +103,17 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, quantized
         _refuse_quantised(model, described)
     asked = described.pop(KEY, None)
     architecture = read_config(described) if stock else _own_architecture(directory, described)
-    source: Source = open_tensors(directory)
-    if asked is not None:
-        source = CompressedSource(source, asked)
+    tensors = open_tensors(directory)
+    source = tensors if asked is None else CompressedSource(tensors, asked)
     reader: Reader | OwnReader
     if stock:
         reader = Reader(family(described["model_type"]), architecture, source)
     else:
         reader = OwnReader(architecture, source)
     config = described if stock else {}
-    codes = _codes(reader, source) if isinstance(source, CompressedSource) else {}
-    return Checkpoint(reader, directory, config, _generation(directory, config), codes)
+    if isinstance(source, CompressedSource):
+        return Checkpoint(reader, directory, config, _generation(directory, config), _codes(reader, source))
+    return Checkpoint(of_one_type(reader, source), directory, config, _generation(directory, config))
 
 
 def _refuse_quantised(model: str | Path, described: Mapping[str, Any]) -> None:
@@ -148,6 +153,48 @@ def _generation(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     if (directory / GENERATION).is_file():
         return _json(directory / GENERATION)
     return {key: config[key] for key in _GENERATION_TOKENS if config.get(key) is not None}
+
+
+def of_one_type(reader: Reader | OwnReader, source: TypedSource) -> Parameters:
+    """The parameters, in the widest of their types where they have several.
+
+    `transformers` keeps some matrices of a float16 file in float32, whose range they need (a T5's `wo`), and converts
+    on the way; here a model computes in one type.
+    """
+    import torch
+
+    kinds = {source.dtype(reader.stored_as(name)[0]) for name in reader.names()}
+    floating = [kind for kind in kinds if kind.is_floating_point]
+    if len(floating) < 2:
+        return reader
+    widest = functools.reduce(torch.promote_types, floating)
+    log.info("the weights are of %d types; all are read as %s", len(floating), str(widest).removeprefix("torch."))
+    return _Widened(reader, widest)
+
+
+class TypedSource(Source, Protocol):
+    """A source that knows the types of its tensors without reading them."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type of one."""
+        ...
+
+
+class _Widened:
+    """Parameters in one floating-point type."""
+
+    def __init__(self, reader: Parameters, dtype: torch.dtype) -> None:
+        self.architecture, self.left_out = reader.architecture, reader.left_out
+        self._reader, self._dtype = reader, dtype
+
+    def names(self) -> Iterator[str]:
+        """Every parameter's name."""
+        return self._reader.names()
+
+    def tensor(self, name: str) -> Tensor:
+        """One parameter."""
+        tensor = self._reader.tensor(name)
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
 
 class OwnReader:

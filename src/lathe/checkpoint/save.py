@@ -20,6 +20,7 @@ from lathe.blueprint import stored
 from lathe.checkpoint.atomic import atomic_directory
 from lathe.checkpoint.compressed import INT, KEY, PACKED, Scheme, scales_again, to_config, to_tensors
 from lathe.checkpoint.load import CONFIG, GENERATION, OWN
+from lathe.errors import RequestError
 from lathe.families import holder, objections, write_config
 from lathe.families.adapter import fuse, tied_names, to_disk
 from lathe.families.base import Entry, Family
@@ -117,6 +118,8 @@ def write_checkpoint(
     """
     from lathe.checkpoint.tensors import write_tensors
 
+    if type(max_shard_bytes) is not int or max_shard_bytes < 1:
+        raise RequestError(f"max_shard_bytes={max_shard_bytes!r}: expected a number of bytes, such as 2_000_000_000")
     codes = codes or {}
     family = holder(architecture)
     reasons = [each.reason for each in objections(architecture)]

@@ -63,11 +63,16 @@ def _compare(names: list[str], words: dict[str, Any], out: Path | None, device: 
         return
     header, rows = table(found)
     shown = Table(*header)
+    for column in shown.columns:
+        column.overflow = "fold"  # two names may differ at their ends alone
     for column in shown.columns[1:]:
         column.justify = "right"
     for row in rows:
         shown.add_row(*row)
-    answers().print(shown)
+    console = answers()
+    if not console.is_terminal:  # a file has no edge
+        console.width = max(console.width, console.measure(shown).maximum)
+    console.print(shown)
     if found.note:
         answers().print(found.note, soft_wrap=True)
     if out is not None:

@@ -18,6 +18,7 @@ Setting = int | float | bool | str | list[str] | None
 _FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*")
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_PADDED = re.compile(r"[+-]?0[0-9]+")  # 007 is a name
 _WORDS: dict[str, bool | None] = {"true": True, "false": False, "none": None, "null": None}
 # The longest run of digits that is read as a number; no size or rate is longer.
 _MAX_DIGITS = 40
@@ -50,7 +51,7 @@ def _parse_value(field: str, text: str) -> Setting:
         return _WORDS[text.lower()]
     if text.startswith("[") and text.endswith("]"):
         return [word.strip() for word in text[1:-1].split(",")]
-    if not _DECIMAL.fullmatch(text):
+    if not _DECIMAL.fullmatch(text) or _PADDED.fullmatch(text):
         return text
     if len(text) > _MAX_DIGITS:
         raise RequestError(

@@ -21,6 +21,7 @@ from lathe.adapt import folded_tensors
 from lathe.checkpoint.atomic import atomic_directory
 from lathe.checkpoint.load import open_checkpoint
 from lathe.checkpoint.save import Saved
+from lathe.errors import LatheError
 from lathe.model.transformer import Transformer
 from lathe.reshape.carry_out import healed_step
 from lathe.reshape.history import History, Made, outcome_of, write
@@ -38,9 +39,12 @@ if TYPE_CHECKING:
 
 def stored_digest(model: Transformer, directory: Path | None, tokenizer: Tokenizer | None) -> str | None:
     """The digest of the files that a model was loaded from; None where they are not what it is now."""
-    if directory is None or Tokenizer.is_in(directory) != (tokenizer is not None):
+    if directory is None or not _is_stored(tokenizer, directory):
         return None
-    checkpoint = open_checkpoint(directory)
+    try:
+        checkpoint = open_checkpoint(directory)
+    except LatheError:  # it went away or was written over meanwhile; or holds codes, of which no recipe can begin
+        return None
     if checkpoint.architecture != model.architecture:
         return None
     mine, parameters = folded_tensors(model), checkpoint.parameters
@@ -49,6 +53,16 @@ def stored_digest(model: Transformer, directory: Path | None, tokenizer: Tokeniz
         if theirs.dtype != ours.dtype or not torch.equal(theirs, ours):
             return None
     return source_digest(directory)
+
+
+def _is_stored(tokenizer: Tokenizer | None, directory: Path) -> bool:
+    """Whether a directory holds this very tokenizer, or none where there is none."""
+    if tokenizer is None or not Tokenizer.is_in(directory):
+        return tokenizer is None and not Tokenizer.is_in(directory)
+    try:
+        return Tokenizer.load(directory).files == tokenizer.files
+    except LatheError:
+        return False
 
 
 def in_words(asked: Vocabulary | None) -> VocabularySettings | None:

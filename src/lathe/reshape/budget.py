@@ -141,10 +141,8 @@ class _Planning:
         lowest = self.cost.of(made)
         if lowest > self.limit:
             sizes = ", ".join(f"{field.rpartition('.')[2]}={size}" for field, size in least.items())
-            exact = f"{lowest:,.0f}" if self.cost.measured == "" else text(lowest)
-            raise RequestError(
-                f"{name}={text(self.limit)}: the least possible is {exact} {self.cost.unit} ({sizes}); ask for more"
-            )
+            exact = f"{lowest:,.0f} {self.cost.unit}" if self.cost.measured == "" else text(lowest)
+            raise RequestError(f"{name}={text(self.limit)}: the least possible is {exact} ({sizes}); ask for more")
 
     # --- each axis alone
 

@@ -104,6 +104,8 @@ def read_budget(words: Mapping[str, Any]) -> BudgetSettings | None:
     """
     values = {key.partition(".")[2]: value for key, value in words.items() if key.partition(".")[0] == "budget"}
     limits = {key: words[key] for key in LIMIT_WORDS if words.get(key) is not None}
+    if len(limits) > 1:
+        raise RequestError(f"{' and '.join(limits)} are two budgets: give one")
     unknown_keys = [key for key in values if key not in ("effort", "tokens")]
     if unknown_keys:
         raise RequestError(unknown("field", f"budget.{unknown_keys[0]}", ("effort", "tokens")))

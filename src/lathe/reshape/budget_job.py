@@ -47,7 +47,7 @@ def spend(job: Job, say: Callable[[str], None] = log.info, *, beside: Path | Non
         say(job.why_streamed)
     if isinstance(source.model, StreamedTransformer) and source.model.tensors.folder is None:
         place = Path.cwd() if beside is None else beside.expanduser().resolve().parent
-        place.mkdir(parents=True, exist_ok=True)
+        place = next(each for each in (place, *place.parents) if each.is_dir())  # a plan leaves nothing behind
         with tempfile.TemporaryDirectory(prefix=".trials-", dir=place) as folder:
             done, plan = spend(through(replace(job, why_streamed=""), Path(folder)), say)
         return replace(done, source=source), plan

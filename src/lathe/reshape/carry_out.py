@@ -42,7 +42,7 @@ from lathe.reshape.share_remainder import REMAINDER, kept_remainder
 from lathe.reshape.source import open_source
 from lathe.reshape.state import Step
 from lathe.reshape.stream import weights_of, whole
-from lathe.reshape.text import Documents, endless, lay, read_documents
+from lathe.reshape.text import endless, healing_text, lay
 from lathe.reshape.vocabulary import renumbered_settings, settings_ids
 from lathe.text.tokenizer import Tokenizer
 from lathe.train.loop import StepReport
@@ -162,7 +162,7 @@ class Work:
     def heal(self, settings: HealSettings, run: Path, expected: str | None) -> None:
         """Learn from the source model for a while."""
         assert self.tokenizer is not None
-        documents = healing_text(settings, self.tokenizer, self.history.reading)
+        documents = healing_text(settings.text, self.tokenizer, self.history.reading.apart)
         if expected is not None:
             require_same(settings.file, expected, documents.digest)
         # A streamed parent is read anew for every batch, layer by layer, into this machine's memory.
@@ -273,16 +273,6 @@ class Work:
         return [Batch(inputs, ids.numel() * (2 if is_two_sided(model) else 1), 0, "drawn ids")]
 
 
-def healing_text(settings: HealSettings, tokenizer: Tokenizer, reading: Reading | None) -> Documents:
-    """What is healed on: nothing of what was kept apart to measure on."""
-    documents, _ = read_documents(settings.text, tokenizer, apart=False)
-    if reading is None or reading.apart is None:
-        return documents
-    apart = set(reading.apart.records)
-    kept = [record for record in documents.records if record not in apart]
-    return Documents.of_records(kept, pairs=documents.targets is not None)
-
-
 def healed_step(done: Healing) -> Step:
     """The line about a healing."""
     return Step(f"heal for {done.steps:,} steps on {done.tokens:,} tokens", False, {})
@@ -313,6 +303,17 @@ def _shard_bytes(source: Path) -> int:
     return max(file.stat().st_size for file in files) if len(files) > 1 else DEFAULT_SHARD_BYTES
 
 
+class _Words(yaml.SafeLoader):
+    """YAML in which `no` is Norwegian, as the cards of the hub write it, and not false."""
+
+    def construct_yaml_bool(self, node: Any) -> Any:
+        """As it is written."""
+        return self.construct_scalar(node)
+
+
+_Words.add_constructor("tag:yaml.org,2002:bool", _Words.construct_yaml_bool)
+
+
 # What of a source's model card is true of a model made from it.
 _KEPT = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag", "widget")
 
@@ -326,7 +327,7 @@ def _card_of(directory: Path | None) -> dict[str, Any]:
     if not text.startswith("---\n") or "\n---" not in text[3:]:
         return {}
     try:
-        header = yaml.safe_load(text[4 : text.index("\n---", 3)])
+        header = yaml.load(text[4 : text.index("\n---", 3)], Loader=_Words)
     except yaml.YAMLError as error:
         log.warning("the header of %s is not YAML (%s): its licence is not carried over", file, type(error).__name__)
         return {}

@@ -32,11 +32,18 @@ def given_batch(model: Transformer, given: Tensor | Mapping[str, Tensor]) -> Map
             "calibrate: expected a file, or batches of token ids, each a tensor of rows × positions or a mapping of "
             f"the model's arguments, and one is a {type(given).__name__}; model.tokenizer(texts) makes such a mapping"
         )
+    ids_BT = given.get("input_ids")
+    if ids_BT is not None and ids_BT.dtype not in (torch.int64, torch.int32):
+        if ids_BT.is_floating_point() or ids_BT.dtype == torch.bool:
+            raise RequestError(f"calibrate: token ids are whole numbers, and a batch holds {ids_BT.dtype}")
+        ids_BT = ids_BT.long()
+        given = {**given, "input_ids": ids_BT}
+    if ids_BT is not None and not ids_BT.numel():
+        raise RequestError(f"calibrate: a batch of {' × '.join(map(str, ids_BT.shape))} token ids; leave it out")
     reads = {"labels", "decoder_input_ids", "decoder_inputs_embeds"}
     writes = model.encoder is not None and model.decoder is not None and model.head.language is not None
-    if not writes or "input_ids" not in given or reads & set(given):
+    if not writes or ids_BT is None or reads & set(given):
         return given
-    ids_BT = given["input_ids"]
     hidden = given["attention_mask"] == 0 if "attention_mask" in given else torch.zeros_like(ids_BT, dtype=torch.bool)
     return {**given, "labels": ids_BT.masked_fill(hidden, IGNORED)}
 

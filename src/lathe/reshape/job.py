@@ -85,6 +85,12 @@ class Job:
         return isinstance(self.source.model, StreamedTransformer)
 
     @property
+    def divides(self) -> bool:
+        """Whether a tenth of the text to fit on is kept apart: without another to measure on; in a replay, as then."""
+        before = (self.expected.recipe.calibrate or {}) if self.expected is not None else {}
+        return bool(before.get("apart", self.request.data is None))
+
+    @property
     def target(self) -> Architecture:
         """The architecture in the end."""
         return walked(self.source.model.architecture, self.stages, self.request)
@@ -113,7 +119,7 @@ def recipe_of(job: Job) -> Recipe:
     """The recipe as far as it is known before the work; the job's run fills in what each stage did."""
     request, calibrate, vocabulary = job.request, None, None
     if request.calibrate is not None and job.fitted is not None:
-        calibrate = {**request.calibrate.to_dict(), **job.fitted.known, "apart": request.data is None}
+        calibrate = {**request.calibrate.to_dict(), **job.fitted.known, "apart": job.divides}
     elif job.batches:
         calibrate = {"batches": len(job.batches), "sha256": digest_of_batches(job.batches)}
     if job.vocabulary is not None:

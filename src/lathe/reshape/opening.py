@@ -24,10 +24,18 @@ from lathe.reshape.room import check_healing, reason_to_stream
 from lathe.reshape.row_length import best_length
 from lathe.reshape.source import Source, open_source, refuse_quantised, require_numbers
 from lathe.reshape.stages import half_way
-from lathe.reshape.text import TextSettings, VocabularySettings, read_all, read_documents
+from lathe.reshape.text import (
+    TextSettings,
+    VocabularySettings,
+    endless,
+    healing_text,
+    read_all,
+    read_documents,
+)
 from lathe.reshape.vocabulary import Vocabulary
 from lathe.spec import Spec
 from lathe.train.distil import check_top_k
+from lathe.train.machine import pick_device
 
 
 def open_job(request: ResizeRequest) -> Job:
@@ -145,6 +153,8 @@ def open_replay(
         else:
             healed = HealSettings.from_dict({**stage["heal"], **({"file": heal} if heal else {})}, "heal")
             stages.append({"heal": healed, "sha256": stage.get("sha256")})
+    if healed is None:
+        _refuse_unread("heal", heal)
     text = _asked_again(TextSettings, recipe.calibrate, calibrate, "calibrate")
     tokens = _asked_again(VocabularySettings, recipe.vocabulary, vocabulary, "vocabulary")
     request = ResizeRequest(
@@ -175,9 +185,15 @@ A = TypeVar("A", bound=Spec)
 def _asked_again(kind: type[A], noted: Mapping[str, Any] | None, file: str | None, name: str) -> A | None:
     """The settings of a text as a recipe holds them, with the file where it is now."""
     if noted is None:
+        _refuse_unread(name, file)
         return None
     values = {key: value for key, value in noted.items() if key in kind.field_names()}
     return kind.from_dict({**values, **({"file": file} if file else {})}, name)
+
+
+def _refuse_unread(name: str, file: str | None) -> None:
+    if file is not None:
+        raise RequestError(f"{name}={file}: the recipe names no {name} text, so none is read; leave it out")
 
 
 # --- checks and stages ----------------------------------------------------------------------------------
@@ -239,15 +255,15 @@ def _with_text(
             "beside it"
         )
     require_numbers(source)
+    pick_device(request.device)
+    job = Job(request, source, digest, stages, expected=expected)
     if request.heal is not None and next(iter(read_all(request.heal.text)), None) is None:
         raise RequestError(f"{request.heal.file} holds no text to heal on; give one that holds some")
     before = (expected.recipe.calibrate or {}) if expected is not None else {}
-    # A replay divides the text as the first time, whatever it is measured on.
-    is_apart = bool(before["apart"]) if "apart" in before else request.data is None
     fitted = held = apart = None
     if request.calibrate is not None:
         assert source.tokenizer is not None
-        fitted, kept = read_documents(request.calibrate, source.tokenizer, apart=is_apart)
+        fitted, kept = read_documents(request.calibrate, source.tokenizer, apart=job.divides)
         held = apart = kept or None
         if not fitted:
             raise RequestError(f"{request.calibrate.file} has no token that {request.source}'s tokenizer can read")
@@ -263,8 +279,26 @@ def _with_text(
         if expected is not None and used is not None:
             noted = expected.recipe.vocabulary or {}
             require_same(str(request.vocabulary.file), str(noted.get("sha256")), used.digest)
-    job = Job(request, source, digest, stages, fitted, held, apart, expected, vocabulary=vocabulary, used=used)
+    job = replace(job, fitted=fitted, held=held, apart=apart, vocabulary=vocabulary, used=used)
+    if request.heal is not None:
+        _require_text_to_heal_on(job)
     return job if expected is not None else _with_rows(job)
+
+
+def _require_text_to_heal_on(job: Job) -> None:
+    """Refuse now what healing would refuse once the cut is done."""
+    settings, source = job.request.heal, job.source
+    assert settings is not None
+    assert source.tokenizer is not None
+    documents = healing_text(settings.text, source.tokenizer, job.apart)
+    if not documents:
+        raise RequestError(
+            f"{settings.file} holds no text to heal on but what was kept apart to measure on; give another, or more"
+        )
+    positions = {f"{name}.positions": stack.positions for name, stack in job.target.stacks}
+    endless(
+        documents, settings.text, source.model.architecture.with_(positions), source.tokenizer, job.request.objective
+    )
 
 
 def _with_rows(job: Job) -> Job:

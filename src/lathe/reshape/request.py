@@ -114,7 +114,15 @@ class ResizeRequest(Spec):
         """
         usual: dict[str, Any] = {"method": "rotate", "search": None, "refit": None}
         given = {name: getattr(self, name) for name in usual if getattr(self, name) != usual[name]}
-        if not given or self.budget is not None:
+        if self.budget is not None:
+            return
+        shares = any(name == "family" or name.rpartition(".")[2] == "sharing" for name in self.changes)
+        if self.share != "mean" and not shares:
+            raise RequestError(
+                f"share={self.share}: this says what layers that come to share weights start from, and none do here; "
+                "give sharing=all and the like, or leave out share"
+            )
+        if not given:
             return
         target = source.with_(self.changes)
         widths = (source.d_model, target.d_model), (source.embedding.d_embed, target.embedding.d_embed)

@@ -40,7 +40,8 @@ def run_job(
     Args:
         directory: where the result goes; it must not exist, or be empty.
         pages: makes the text files that describe the result, name to content.
-        run: where healing keeps its checkpoints; `directory` + `.heal` where left out, which is removed at the end.
+        run: where healing keeps its checkpoints; where left out, in `directory` + `.heal`, from which they are removed
+            at the end.
 
     Raises:
         RequestError: `directory` exists, or text that is too short.
@@ -62,8 +63,16 @@ def run_job(
         for name, text in pages(outcome, recipe).items():
             (made / name).write_text(text, encoding="utf-8")
     if run is None:
-        shutil.rmtree(heal_folder(directory), ignore_errors=True)
+        _remove_runs(heal_folder(directory), sum("heal" in stage for stage in job.stages))
     return outcome
+
+
+def _remove_runs(folder: Path, number: int) -> None:
+    """Remove what a job's healings kept, and the folder unless somebody else has put something there."""
+    for stage in range(1, number + 1):
+        shutil.rmtree(folder / f"stage-{stage}", ignore_errors=True)
+    if number and folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 @contextmanager

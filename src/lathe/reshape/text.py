@@ -205,6 +205,23 @@ def read_documents(settings: TextSettings, tokenizer: Tokenizer, *, apart: bool)
     return Documents.of_records(used, pairs=pairs), Documents.of_records(held, pairs=pairs)
 
 
+def healing_text(settings: TextSettings, tokenizer: Tokenizer, apart: Documents | None) -> Documents:
+    """What is healed on: nothing of what was kept apart to measure on.
+
+    Of few documents that is the end of one (`_split`), which is cut off there.
+    """
+    documents, _ = read_documents(settings, tokenizer, apart=False)
+    if apart is None:
+        return documents
+    held, records = set(apart.records), documents.records
+    kept = [record for record in records if record not in held]
+    if len(held) == 1 and len(kept) == len(records) and documents.targets is None:
+        (end,) = apart.texts
+        before = (text.partition(end)[0] for text in documents.texts)
+        kept = [(text,) for text in before if text.strip()]
+    return Documents.of_records(kept, pairs=documents.targets is not None)
+
+
 def read_all(settings: TextSettings) -> Iterator[Record]:
     """The documents of the file as it holds them.
 

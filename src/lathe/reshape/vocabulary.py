@@ -15,6 +15,7 @@ Ids are numbered anew, so the ids that an architecture, a config or generation s
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -76,6 +77,11 @@ class Vocabulary:
         if type(self.multiple_of) is not int or not 1 <= self.multiple_of <= LARGEST_MULTIPLE:
             raise RequestError(
                 f"multiple_of={self.multiple_of!r}: expected a whole number from 1 to 65,536, such as 64"
+            )
+        if self.corpus is not None and not isinstance(self.corpus, os.PathLike | Iterable):
+            raise RequestError(
+                f"vocabulary={self.corpus!r}: expected text, as a list or a Path, or a lathe.Vocabulary; how many "
+                "tokens there shall be is vocab_size"
             )
         if self.ids is not None and (self.corpus is not None or self.words):
             raise RequestError(

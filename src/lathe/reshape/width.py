@@ -235,14 +235,12 @@ def _norm_after(state: State, norm: str, basis: Basis, moments: Moments, *, free
     new = basis.matrix.shape[1]
     changed = {f"{norm}.weight": torch.full((new,), basis.growth, dtype=torch.float64)}
     if f"{norm}.bias" in state.tensors:
-        changed[f"{norm}.bias"] = torch.zeros(new, dtype=torch.float64)
+        changed[f"{norm}.bias"] = basis.matrix.T @ state.wide(f"{norm}.bias")  # folded: alike in all channels, or none
     if is_tied(state.architecture, norm):
         changed |= _tied_norm(state, norm, basis, moments, frees_mean=frees_mean)
     elif not readers(state.architecture, norm):
         scale = state.wide(f"{norm}.weight")
         changed[f"{norm}.weight"] = basis.growth * (basis.matrix.square().T @ scale)
-        if f"{norm}.bias" in state.tensors:
-            changed[f"{norm}.bias"] = basis.matrix.T @ state.wide(f"{norm}.bias")
     return changed
 
 
