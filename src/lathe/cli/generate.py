@@ -289,19 +289,15 @@ def _stream(model: Model, prompt: str, settings: Mapping[str, Any], special_toke
 def _load(name: str, adapter: Path | None, device: Any) -> Model:
     """The model, with the adapter on it that was asked for or that stands in its place."""
     import lathe
-    from lathe.adapt import load_adapter
     from lathe.adapt.opening import base_of, is_adapter
+    from lathe.api.loading import load_adapted
     from lathe.generate.rows import check_weights
 
     if is_adapter(name):
         if adapter is not None:
             raise RequestError(f"{name} is an adapter and no model: expected the base of {adapter}")
         name, adapter = base_of(name), Path(name)
-    model = lathe.load(name, device=device)
-    if adapter is not None:
-        load_adapter(model, adapter.expanduser())
-        if lathe.Tokenizer.is_in(adapter.expanduser()):
-            model.tokenizer = lathe.Tokenizer.load(adapter.expanduser())
+    model = lathe.load(name, device=device) if adapter is None else load_adapted(name, adapter, device=device)
     check_weights(model)  # also those that this text would not use
     return model
 

@@ -240,7 +240,8 @@ def _trained(
     built.load_state_dict({**own, **kept})
     install(built, {name: matrix for name, matrix in checkpoint.codes.items() if name in kept})
     config = checkpoint.config if architecture is checkpoint.architecture else {}
-    return Subject(built.to(where), text, checkpoint.generation, config, model, fresh)
+    # Scales come in the type of the weights that they were made from; what is trained and measured here is float32.
+    return Subject(built.float().to(where), text, checkpoint.generation, config, model, fresh)
 
 
 def _adapted(base: str, adapter: str, tokenizer: str | None, where: Any) -> Subject:
