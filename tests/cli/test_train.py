@@ -107,6 +107,11 @@ def test_a_trained_model_is_trained_on(cli: Callable, here: Path):
     assert ran.code == 0, ran.err
     before, after = (lathe.load(name).tensors() for name in (start, "two/checkpoints/last"))
     assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert cli("train", "gpt2", *WORDS, "steps=1", "--data", "text.txt", "--out", "another").code == 0
+    other = cli("train", "another/checkpoints/last", *words, "data=text.txt", "out=two", "--resume")
+    assert other.code == 2
+    assert "was started with start_weights=" in other.err
+    assert "finished already" in cli("train", start, *words, "data=text.txt", "out=two", "--resume").out
     refused = cli("train", start, *words, "data=text.txt", "d_model=32", "out=three")
     assert refused.code == 2
     assert "has trained weights of its own sizes" in refused.err
