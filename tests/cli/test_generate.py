@@ -135,7 +135,7 @@ def stdin(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
 
 
 def test_prompts_come_from_stdin_and_have_to_be_text(cli, gpt2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stdin(monkeypatch, b"to be\n\nfox\n")
+    stdin(monkeypatch, b"\xef\xbb\xbfto be\n\nfox\n")
     answer = json.loads(cli("generate", gpt2, "--file", "-", "--json").out)
     assert [each["prompt"] for each in answer["texts"]] == ["to be", "fox"]
     stdin(monkeypatch, b"to be\nfo\xff\n")
@@ -339,3 +339,10 @@ def test_an_adapter_that_gives_shared_layers_their_own_part_writes(cli, gpt2: Pa
     adapted = lathe.load(tmp_path / "adapter")
     assert adapted.tokenizer is not None
     assert texts[0][0]["ids"] == complete(adapted, adapted.tokenizer, ["to be"], max_new_tokens=4)[0].ids
+
+
+def test_a_list_that_is_set_twice_is_refused(cli, gpt2: Path) -> None:
+    for second in ("bad_words_ids=[[7]]", "bad_words_ids=[none]"):
+        ran = cli("generate", gpt2, "--prompt", "to be", "bad_words_ids=[[5]]", second)
+        assert (ran.code, ran.out) == (2, "")
+        assert "bad_words_ids is set twice" in ran.err
