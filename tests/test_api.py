@@ -152,6 +152,25 @@ def test_loading_at_another_precision_converts() -> None:
     assert lathe.load(model.to_transformers(), dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("name", ["bart-base", "t5-small", "gpt2"])
+def test_an_object_of_transformers_generates_as_the_saved_directory_does(name: str, tmp_path: Path) -> None:
+    tokens = small(name).tokens
+    ids = {"pad_token_id": tokens.pad, "bos_token_id": tokens.bos, "decoder_start_token_id": tokens.decoder_start}
+    ids["eos_token_id"] = tokens.eos[0] if tokens.eos else None
+    settings = {"num_beams": 3, "max_new_tokens": 7}
+    named = {key: each for key, each in ids.items() if each is not None}
+    for number, generation in enumerate(({}, {**named, **settings})):
+        model = lathe.Model(small(name), seed=1, generation=generation)
+        made = model.to_transformers()
+        model.save(tmp_path / str(number))
+        saved = type(made).from_pretrained(tmp_path / str(number))
+        assert made.generation_config.to_dict() == saved.generation_config.to_dict()
+    # Where the settings name no tokens, the model's own serve.
+    made = lathe.Model(small(name), seed=1, generation=settings).to_transformers()
+    found = made.generation_config
+    assert {key: getattr(found, key) for key in (*ids, *settings)} == {**ids, **settings}
+
+
 def test_a_model_keeps_the_mode_of_the_object_it_came_from() -> None:
     stock = lathe.Model(small("gpt2"), seed=1).to_transformers()
     assert not lathe.load(stock.eval()).training

@@ -98,6 +98,15 @@ def test_the_undamaged_model_generates(cli: Any, good: Path) -> None:
     assert json.loads(ran.out)
 
 
+def test_an_adapter_where_a_model_is_wanted_is_named(cli: Any, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for words in (("plan", tmp_path), ("quantize", tmp_path, tmp_path / "q", "--bits", "8")):
+        ran = cli(*words)
+        assert (ran.code, ran.out) == (2, "")
+        assert "is an adapter and no model: expected a model's directory; fold it into its base first" in ran.err
+        assert ran.err.count("\n") == 1
+
+
 @pytest.mark.parametrize("value", ["0", "-1", "abc", "1000000000"])
 def test_a_width_that_cannot_be_is_one_line(cli: Any, value: str) -> None:
     ran = cli("plan", "t5-small", f"d_model={value}")

@@ -41,7 +41,7 @@ def stdin(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
 
 def test_each_line_is_answered_in_turn(cli, gpt2: Path, template: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("chat", gpt2, "--template", template, "--max-new-tokens", "4")
-    stdin(monkeypatch, b"the fox\n\nthe dog\n/quit\nnever read\n")
+    stdin(monkeypatch, b"\xef\xbb\xbfthe fox\n\nthe dog\n/quit\nnever read\n")
     ran = cli(*words, "--json")
     answers = [json.loads(line) for line in ran.out.splitlines()]
     assert ran.code == 0

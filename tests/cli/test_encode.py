@@ -44,6 +44,15 @@ def test_labels_are_printed_a_line_each(cli, folder: Path) -> None:
     assert [each["number"] for each in found] == [each.number for each in labels]
 
 
+def test_a_blank_line_would_shift_what_follows_and_is_refused(cli, folder: Path) -> None:
+    (folder / "gap.txt").write_text(f"{TEXTS[0]}\n\n{TEXTS[1]}\n")
+    for words in (("encode", folder / "model", "--out", folder / "gap.npy"), ("classify", folder / "model")):
+        ran = cli(*words, "--file", folder / "gap.txt")
+        assert (ran.code, ran.out) == (2, "")
+        assert "gap.txt, line 2 is blank" in ran.err
+    assert not (folder / "gap.npy").exists()
+
+
 def test_bad_requests_write_nothing(cli, folder: Path) -> None:
     for more, message in (
         (["--out", folder / "x.txt"], "expected a name that ends in .npy"),

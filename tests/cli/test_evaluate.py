@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import lathe
 from lathe.text.tokenizer import Tokenizer
@@ -129,6 +130,36 @@ def test_the_longest_target_has_room_unless_a_length_is_given(cli: Callable, her
     found = json.loads(cli("evaluate", "model", *PAIRS, "--data", "pairs.jsonl", "--json").out)
     longest = max(len(Tokenizer.load("model").encode(row["ko"])) for row in ROWS)
     assert found["generation"]["max_new_tokens"] == longest + longest // 2
+    model = lathe.load("model")
+    model.generation = {"max_length": 5}  # of other texts
+    model.save("short")
+    assert json.loads(cli("evaluate", "short", *PAIRS, "--data", "pairs.jsonl", "--json").out)["bleu"] == found["bleu"]
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_text_that_a_stop_string_ends_is_not_cut_off(cli: Callable, here: Path, beams: int):
+    words = [*PAIRS, "generate.max_new_tokens=9", f"generate.num_beams={beams}", "--data", "pairs.jsonl", "--json"]
+    assert cli("evaluate", "model", *words, "--outputs", "whole.jsonl").code == 0
+    whole = [json.loads(line) for line in (here / "whole.jsonl").read_text(encoding="utf-8").splitlines()]
+    cut = next(line for line in whole if not line["ended"] and line["output"].strip())
+    stop = f"generate.stop_strings={cut['output'].strip()[0]}"
+    assert cli("evaluate", "model", *words, stop, "--outputs", "stopped.jsonl").code == 0
+    stopped = [json.loads(line) for line in (here / "stopped.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert next(line for line in stopped if line["source"] == cut["source"])["ended"]
+
+
+def test_what_stands_in_quotes_in_a_run_file_is_text(cli: Callable, here: Path):
+    for prefix in ("[ko]", "2", "true", "none"):
+        (here / "quoted.yaml").write_text(TASKS.replace('"to Korean: "', f'"{prefix}"'))
+        words = ["device=cpu", "write=false", "limit=2", "--json"]
+        ran = cli("evaluate", "model", "--run", "quoted.yaml", *words)
+        assert ran.code == 0, ran.err
+        tree = {
+            **yaml.safe_load((here / "quoted.yaml").read_text()),
+            "objective": {"name": "seq2seq", "max_source": 40},
+        }
+        (here / "run.json").write_text(json.dumps(tree))
+        assert json.loads(cli("evaluate", "model", "--run", "run.json", *words).out) == json.loads(ran.out)
 
 
 REFUSED = {

@@ -11,6 +11,9 @@ import pytest
 import torch
 
 import lathe
+from lathe.adapt import LoraSettings, add_lora, save_adapter
+from lathe.adapt.opening import write_sharing
+from lathe.generate.text import complete
 from lathe.text import train_tokenizer
 
 CORPUS = [
@@ -132,7 +135,7 @@ def stdin(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
 
 
 def test_prompts_come_from_stdin_and_have_to_be_text(cli, gpt2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stdin(monkeypatch, b"to be\n\nfox\n")
+    stdin(monkeypatch, b"\xef\xbb\xbfto be\n\nfox\n")
     answer = json.loads(cli("generate", gpt2, "--file", "-", "--json").out)
     assert [each["prompt"] for each in answer["texts"]] == ["to be", "fox"]
     stdin(monkeypatch, b"to be\nfo\xff\n")
@@ -313,3 +316,33 @@ def test_a_model_without_a_tokenizer_says_so(cli, tmp_path: Path) -> None:
     ran = cli("generate", tmp_path / "bare", "--prompt", "a")
     assert ran.code == 2
     assert "has no tokenizer" in ran.err
+
+
+def test_an_adapter_that_gives_shared_layers_their_own_part_writes(cli, gpt2: Path, tmp_path: Path) -> None:
+    of_one_layer = lathe.load(gpt2)
+    architecture = of_one_layer.architecture.with_(n_layers=2, sharing="all")
+    lathe.Model(architecture, seed=1, tokenizer=of_one_layer.tokenizer).save(tmp_path / "base")
+    apart = lathe.Model(architecture.with_(sharing="none"), seed=1)
+    add_lora(apart, LoraSettings(rank=2), seed=1)
+    with torch.no_grad():
+        for name, parameter in apart.named_parameters():
+            if name.endswith(".up"):
+                parameter.normal_()
+    save_adapter(apart, tmp_path / "adapter", base_model=str(tmp_path / "base"))
+    write_sharing(tmp_path / "adapter", apart.architecture)
+    words = ("--prompt", "to be", "--max-new-tokens", "4", "--json")
+    ran = cli("generate", tmp_path / "adapter", *words)
+    assert ran.code == 0, ran.err
+    beside = cli("generate", tmp_path / "base", "--adapter", tmp_path / "adapter", *words)
+    texts = [json.loads(each.out)["texts"] for each in (ran, beside)]
+    assert texts[0] == texts[1]
+    adapted = lathe.load(tmp_path / "adapter")
+    assert adapted.tokenizer is not None
+    assert texts[0][0]["ids"] == complete(adapted, adapted.tokenizer, ["to be"], max_new_tokens=4)[0].ids
+
+
+def test_a_list_that_is_set_twice_is_refused(cli, gpt2: Path) -> None:
+    for second in ("bad_words_ids=[[7]]", "bad_words_ids=[none]"):
+        ran = cli("generate", gpt2, "--prompt", "to be", "bad_words_ids=[[5]]", second)
+        assert (ran.code, ran.out) == (2, "")
+        assert "bad_words_ids is set twice" in ran.err

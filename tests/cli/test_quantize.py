@@ -182,3 +182,15 @@ def test_an_adapter_trains_over_a_quantised_base(cli: Callable, here: Path):
     assert is_quantized(lathe.load("run/checkpoints/last"))
     ran = cli("evaluate", "q", "--data", "held.txt", "objective=masked", "data.length=16", "--json")
     assert ran.code == 0, ran.err
+
+
+def test_a_model_whose_weights_are_bfloat16_is_measured_and_trained_over_when_quantised(cli: Callable, here: Path):
+    lathe.load("bert", dtype=torch.bfloat16).save("half")
+    assert cli("quantize", "half", "q", "--bits", "4").code == 0
+    data = ("data.length=16", "data.rows=4", "data.cache=none", "objective=masked", "device=cpu")
+    ran = cli("evaluate", "q", "--data", "held.txt", *data, "--json")
+    assert ran.code == 0, ran.err
+    train = (*data, "data.train=text.txt", "adapter.rank=2", "steps=1", "out=run")
+    assert cli("train", "./q", *train).code == 0
+    ran = cli("evaluate", "run/checkpoints/last", "--data", "held.txt", *data, "--json")
+    assert ran.code == 0, ran.err

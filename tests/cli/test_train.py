@@ -107,6 +107,11 @@ def test_a_trained_model_is_trained_on(cli: Callable, here: Path):
     assert ran.code == 0, ran.err
     before, after = (lathe.load(name).tensors() for name in (start, "two/checkpoints/last"))
     assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert cli("train", "gpt2", *WORDS, "steps=1", "--data", "text.txt", "--out", "another").code == 0
+    other = cli("train", "another/checkpoints/last", *words, "data=text.txt", "out=two", "--resume")
+    assert other.code == 2
+    assert "was started with start_weights=" in other.err
+    assert "finished already" in cli("train", start, *words, "data=text.txt", "out=two", "--resume").out
     refused = cli("train", start, *words, "data=text.txt", "d_model=32", "out=three")
     assert refused.code == 2
     assert "has trained weights of its own sizes" in refused.err
@@ -122,7 +127,7 @@ def test_a_pretrained_encoder_becomes_a_classifier_and_is_evaluated(cli: Callabl
     assert ran.code == 0, ran.err
     reviews = "".join(f"{'good fox' if i % 2 else 'bad dog'}\t{'pos' if i % 2 else 'neg'}\n" for i in range(24))
     (here / "reviews.tsv").write_text("document\tsaid\n" + reviews)
-    columns = ["data.fields.text=document", "data.fields.label=said", "data.labels=neg,pos"]
+    columns = ["data.fields.text=document", "data.fields.label=said", "data.labels=neg, pos"]
     task = ["objective=classification", "steps=60", "optimizer.lr=5e-3", "dropout=0.0", "out=tuned"]
     ran = cli(
         "train", "pretrained/checkpoints/last", "head=classification", *words, *columns, *task, "--data", "reviews.tsv"
@@ -198,6 +203,8 @@ BAD = {
     "rows longer than the positions": (["data.length=512"], "positions"),
     "a tokenizer that does not fit": (["vocab_size=50"], "the tokenizer has"),
     "a device that is not here": (["device=cuda:99"], "there is no such device here"),
+    "a file under both of its keys": (["data=text.txt"], "data.train and data are the same key"),
+    "a name under both of its keys": (["objective.name=causal"], "objective and objective.name are the same key"),
     "adafactor's missing beta": (["optimizer.kind=adafactor", "optimizer.beta1=0.5"], "adafactor has no beta1"),
 }
 

@@ -203,6 +203,7 @@ def test_a_stop_text_is_never_shown_however_it_is_cut(pieces: list[str], stops: 
         ({"template": "vicuna", "num_beams": 2}, "num_beams=2: a chat has one answer"),
         ({"template": "vicuna", "do_sample": True, "num_return_sequences": 2}, "num_return_sequences=2: a chat has"),
         ({"template": "vicuna", "do_sample": True, "seed": [1]}, "pass one number"),
+        ({"template": "vicuna", "max_new_tokens": 0}, "max_new_tokens=0: expected a whole number from 1"),
         ({"template": "vicuna", "max_length": 9}, "pass max_new_tokens, for each answer"),
         ({"template": "vicuna", "max_new_tokens": 300}, "the model has 300 positions for the conversation"),
         ({"template": "vicuna", "do_sample": True, "temperature": 0.0}, "temperature=0.0: expected more than 0"),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import GenerationConfig
 
-from lathe.generate.filters import pipeline
+from lathe.generate.filters import pipeline, temperature
 from lathe.generate.history import History
 from lathe.generate.prompt import Prompt
 from lathe.generate.settings import Settings
@@ -134,6 +134,13 @@ def test_every_pair_of_settings_leaves_the_distribution_of_transformers() -> Non
         # Each value comes with several of the other setting over all pairs; new tokens and prompts vary too.
         given = {name: values[name][place % len(values[name])] for name in (one, two)}
         check(given, seed=place, new=place % 6, prompt=1 + place % 3, spread=2.0, beams=1 + 2 * (place % 2))
+
+
+def test_a_temperature_that_is_almost_none_leaves_the_likeliest() -> None:
+    logits_BV = torch.tensor([[3.0, -torch.inf, 5.0, 4.0], [-2.0, -2.0, -3.0, -torch.inf]])
+    for cold in (1e-40, 5e-324):
+        chances_BV = temperature(logits_BV, cold).softmax(dim=-1)
+        assert chances_BV.tolist() == [[0.0, 0.0, 1.0, 0.0], [0.5, 0.5, 0.0, 0.0]]
 
 
 def test_top_k_and_top_p_by_hand() -> None:

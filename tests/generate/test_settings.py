@@ -53,9 +53,25 @@ def test_greedy_choice_drops_the_stored_sampling_and_refuses_the_callers() -> No
 def test_the_length_asked_for_goes_before_the_other_one_stored() -> None:
     assert resolve({"max_length": 9}, {"max_new_tokens": 4}).max_new_tokens is None
     settings = resolve({"max_new_tokens": 4}, {"max_length": 9})
-    assert settings.max_new_tokens == 4
+    assert (settings.max_new_tokens, settings.max_length) == (4, None)
+    settings = resolve({"min_length": 60, "max_new_tokens": 80}, {"max_length": 50})
+    assert (settings.min_length, settings.max_new_tokens) == (60, 80)
     with pytest.raises(RequestError, match="were both given"):
         resolve({"max_new_tokens": 4, "max_length": 9})
+
+
+@pytest.mark.parametrize(
+    ("given", "stored", "says"),
+    [
+        ({"min_length": 60}, {"max_length": 50}, "min_length=60: expected at most max_length=50, which is stored"),
+        ({"max_new_tokens": 3}, {"min_new_tokens": 5}, "max_new_tokens=3: expected at least min_new_tokens=5, which"),
+    ],
+)
+def test_a_length_that_does_not_go_with_a_stored_one_says_so(
+    given: dict[str, Any], stored: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(RequestError, match=says):
+        resolve(given, stored)
 
 
 def test_settings_of_transformers_that_do_nothing_are_let_through() -> None:

@@ -9,7 +9,8 @@ import torch
 
 import lathe
 from lathe.errors import RequestError
-from lathe.generate.text import complete, stream
+from lathe.generate.single import Step
+from lathe.generate.text import complete, spelled, stream
 from lathe.text import Tokenizer, train_tokenizer
 
 CORPUS = [
@@ -99,6 +100,18 @@ def test_the_pieces_of_a_stream_are_the_text(made: tuple[lathe.Model, Tokenizer]
         assert "".join(pieces) == whole.text
     with pytest.raises(RequestError, match="num_beams=2, num_return_sequences=1: a text can be streamed where there"):
         next(stream(model, tokenizer, PROMPTS[0], num_beams=2))
+
+
+def test_bytes_around_a_special_token_are_given_once_they_are_settled() -> None:
+    _, tokenizer = small("t5-small")
+    ids = [number for piece in ("<0x41>", "</s>", "<0xEA>") if (number := tokenizer.token_id(piece)) is not None]
+    assert len(ids) == 3
+    # Without the end mark an A stands before a byte that begins a character: spelled together both are unknown.
+    assert tokenizer.decode(ids) == "\ufffd\ufffd"
+    for keep in (False, True):
+        chosen = (Step(torch.tensor([each]), torch.zeros(1), torch.tensor([False])) for each in ids)
+        pieces = list(spelled(tokenizer, [], chosen, keep))
+        assert "".join(pieces) == tokenizer.decode(ids, not keep)
 
 
 def test_gradients_are_the_callers_own_between_two_pieces() -> None:

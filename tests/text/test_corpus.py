@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lathe.errors import RequestError
-from lathe.text.corpus import read_lines, sample
+from lathe.errors import LatheError, RequestError
+from lathe.text.corpus import read_every_line, read_lines, sample
 
 
 def test_lines_keep_their_ends_and_empty_ones_are_left_out(tmp_path: Path) -> None:
@@ -32,12 +33,38 @@ def test_a_file_that_is_not_utf8_is_named_with_line_and_byte(tmp_path: Path) -> 
 
 def test_a_corpus_without_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("\n  \n\t\n")
-    with pytest.raises(RequestError, match=r"corpus \(.*a\) is empty"):
+    with pytest.raises(RequestError, match=r"a is empty: expected at least one line of text"):
         list(read_lines([tmp_path / "a"]))
     nothing: list[list[str]] = [[], [""], ["\n", " "]]
     for texts in nothing:
         with pytest.raises(RequestError, match="the corpus is empty"):
             list(read_lines(texts))
+
+
+def test_a_byte_that_is_not_utf8_is_counted_with_the_mark_before_it(tmp_path: Path) -> None:
+    (tmp_path / "bad").write_bytes("\ufeff".encode() + b"caf\xe9\n")
+    with pytest.raises(RequestError, match=r"line 1, byte 6 of the file is 0xe9"):
+        list(read_lines(tmp_path / "bad"))
+
+
+def test_an_archive_is_unpacked_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.gz").write_bytes(gzip.compress("하나\n둘\n".encode()))
+    assert list(read_lines(tmp_path / "a.gz")) == ["하나\n", "둘\n"]
+    for content in (b"plain\n", gzip.compress(b"one\n" * 999)[:-9]):
+        (tmp_path / "b.gz").write_bytes(content)
+        with pytest.raises(LatheError, match=r"b\.gz is no gzip file, or is damaged"):
+            list(read_lines(tmp_path / "b.gz"))
+
+
+def test_where_each_line_is_answered_a_blank_one_is_refused_by_its_number(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("one\ntwo\n")
+    assert read_every_line(tmp_path / "a") == ["one", "two"]
+    (tmp_path / "a").write_text("one\n \ntwo\n")
+    with pytest.raises(RequestError, match=r"a, line 2 is blank"):
+        read_every_line(tmp_path / "a")
+    (tmp_path / "a").write_text("\n\n")
+    with pytest.raises(RequestError, match=r"a is empty"):
+        read_every_line(tmp_path / "a")
 
 
 def test_what_is_no_corpus_is_refused(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import lathe
+from lathe.checkpoint.digest import digest_file
 from lathe.checkpoint.tensors import open_tensors
 from lathe.data import Batch, Batches
 from lathe.errors import LatheError, RequestError
@@ -76,6 +77,7 @@ class Setting:
         self.folder = folder
         self.settings = TrainSettings(steps=6, optimizer=OptimizerSettings(lr=5e-3), evaluate_every=2)
         self.save = SaveSettings(every=2)
+        self.validation_batches = 2
         self.model: lathe.Model
 
     def __call__(self, **more: Any) -> list[int]:
@@ -89,7 +91,7 @@ class Setting:
             self.folder,
             write_model=self.model.save,
             save=self.save,
-            evaluation=data.one_pass(2),
+            evaluation=data.one_pass(self.validation_batches),
             **more,
         )
         return [report.step for report in found.steps]
@@ -196,7 +198,14 @@ def change_data(setting: Setting) -> str:
     return f"the run in {re.escape(str(setting.folder))}: the saved position is in other data: length was 32 and is 16"
 
 
-@pytest.mark.parametrize("change", [change_architecture, change_rate, change_data])
+def change_validation(setting: Setting) -> str:
+    setting.validation_batches = 1
+    return (
+        r"was started with validation=2 batches, sha256 \w{16} and this one says 1 batches, sha256 \w{16}; resume with"
+    )
+
+
+@pytest.mark.parametrize("change", [change_architecture, change_rate, change_data, change_validation])
 def test_resuming_another_run_is_one_line_and_loses_nothing(setting: Setting, change: Callable[[Setting], str]):
     setting.stop_after(5)
     before = {path: path.read_bytes() for path in setting.folder.rglob("*") if path.is_file()}
@@ -204,6 +213,25 @@ def test_resuming_another_run_is_one_line_and_loses_nothing(setting: Setting, ch
     with pytest.raises(RequestError, match=line):
         setting()
     assert {path: path.read_bytes() for path in setting.folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_whose_record_is_older_than_a_question_goes_on(setting: Setting):
+    setting.stop_after(3)
+    record = setting.checkpoint(2) / "trainer.json"
+    state = json.loads(record.read_text())
+    del state["asked"]["validation"]
+    record.write_text(json.dumps(state))
+    manifest = record.with_name("manifest.json")
+    sums = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**sums, "trainer.json": digest_file(record)}))
+    setting.validation_batches = 1
+    assert setting(asked={"start_weights": "new"}) == [3, 4, 5, 6]
+
+
+def test_a_finished_run_keeps_its_notes(setting: Setting):
+    setting(notes={"run.json": "first"})
+    assert setting(notes={"run.json": "second"}) == []
+    assert (setting.folder / "run.json").read_text() == "first"
 
 
 def test_what_computes_nothing_may_change_on_a_resume(setting: Setting):

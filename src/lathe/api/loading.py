@@ -53,21 +53,35 @@ def load(
     if is_adapter(model):
         if revision is not None:
             raise RequestError(f"revision={revision}: {model} is an adapter's directory, which has none; leave it out")
-        return _from_adapter(model, device, dtype)
+        return load_adapted(base_of(model), model, device=device, dtype=dtype)
     checkpoint = open_checkpoint(model, revision, quantized=True)
     loaded = Model.from_checkpoint(checkpoint, device=device, dtype=dtype)
     loaded.name = str(model)
     return loaded
 
 
-def _from_adapter(directory: str | Path, device: torch.device | str | None, dtype: torch.dtype | None) -> Model:
-    """The base that an adapter names, with the adapter on it."""
+def load_adapted(
+    base: str,
+    adapter: str | Path,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Model:
+    """A base with an adapter on it, under the head and the sharing of layers that the adapter was made for.
+
+    Args:
+        base: a directory or a hub id.
+        adapter: the adapter's directory; its tokenizer, where it has one, goes before the base's.
+
+    Raises:
+        RequestError: no such base, no adapter, or one that does not fit the base.
+    """
 
     def make(architecture: Architecture, tensors: Mapping[str, Tensor], codes: Mapping[str, Codes]) -> Model:
         return Model(architecture, tensors, codes=codes, device=device, dtype=dtype)
 
-    model, checkpoint = open_adapted_as(base_of(directory), directory, make)
-    model.tokenizer = tokenizer_of(directory, checkpoint)
+    model, checkpoint = open_adapted_as(base, adapter, make)
+    model.tokenizer = tokenizer_of(adapter, checkpoint)
     model.generation = dict(checkpoint.generation)
     if model.architecture == checkpoint.architecture:
         model.config = dict(checkpoint.config)

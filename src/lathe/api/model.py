@@ -253,7 +253,7 @@ class Model(Transformer):
         return export(self, path, to=to, kind=kind, body=body, tokenizer=self.tokenizer, name=name)
 
     def to_transformers(self) -> Any:
-        """The same model as an object of stock `transformers`, with copies of the weights.
+        """The same model as an object of stock `transformers`, with copies of the weights and its generation settings.
 
         Raises:
             RequestError: the architecture's family cannot hold it, or `transformers` is not installed.
@@ -272,7 +272,22 @@ class Model(Transformer):
             for name, _, entry in to_disk(source, self.architecture)
         }
         made = kind.from_pretrained(None, config=kind.config_class(**config), state_dict=disk, dtype=self.dtype)
+        if made.can_generate():
+            made.generation_config = _stock_generation(config, self.generation)
         return made.to(self.device).train(self.training)
+
+
+def _stock_generation(config: Mapping[str, Any], generation: Mapping[str, Any]) -> Any:
+    """What `from_pretrained` makes of the files that `save` writes; the config's class has defaults of its own."""
+    from transformers import GenerationConfig
+
+    if not generation:
+        return GenerationConfig.from_dict(dict(config), _from_model_config=True)
+    tokens = {name: config[name] for name in _TOKENS if config.get(name) is not None}
+    return GenerationConfig.from_dict({**tokens, **generation})
+
+
+_TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id")
 
 
 def parameter_count(model: Transformer) -> int:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("lathe")
 
 CONFIG, OWN, GENERATION = "config.json", "lathe.json", "generation_config.json"
+_ADAPTER = "adapter_config.json"  # as `lathe.adapt` has it
 
 
 class Parameters(Protocol):
@@ -237,6 +238,11 @@ def _described(directory: Path) -> tuple[dict[str, Any], bool]:
     if (directory / CONFIG).is_file():
         return _json(directory / CONFIG), True
     if not (directory / OWN).is_file():
+        if (directory / _ADAPTER).is_file():
+            raise RequestError(
+                f"{directory} is an adapter and no model: expected a model's directory; fold it into its base first "
+                "(lathe adapt merge BASE ADAPTER DESTINATION)"
+            )
         raise RequestError(f"{directory} holds neither {CONFIG} nor {OWN}; expected a model's directory")
     return _json(directory / OWN), False
 

@@ -156,14 +156,10 @@ def _typed() -> str | None:
 
 def _piped_lines() -> Iterator[str]:
     """The messages on stdin up to `/quit`, each read when the one before was answered."""
+    from lathe.cli.generate import _stdin_text
+
     for number, line in enumerate(iter(sys.stdin.buffer.readline, b""), start=1):
-        try:
-            text = line.decode("utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise RequestError(
-                f"stdin is not UTF-8: line {number} holds the byte 0x{line[error.start]:02x} at {error.start + 1}; "
-                "convert it with iconv -t UTF-8"
-            ) from None
+        text = _stdin_text(line, number).rstrip("\r\n")
         if text.strip() == "/quit":
             return
         yield text

@@ -12,7 +12,7 @@ from lathe.errors import RequestError
 
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's directory, or a hub id.")],
-    file: Annotated[Path, typer.Option("--file", help="A UTF-8 file, one text a line.")],
+    file: Annotated[Path, typer.Option("--file", help="A UTF-8 file, one text a line, none blank.")],
     out: Annotated[Path, typer.Option(help="Where the vectors go: texts × d_model, float32, a .npy file.")],
     pool: Annotated[
         str, typer.Option(help="mean of a text's tokens, its first token, or the model's pooled.")
@@ -29,14 +29,14 @@ def command(
     from lathe.cli.generate import _device
     from lathe.cli.output import emit_json, say
     from lathe.generate.encode import POOLS
-    from lathe.text.corpus import read_lines
+    from lathe.text.corpus import read_every_line
 
     if out.suffix != ".npy":
         raise RequestError(f"--out {out}: expected a name that ends in .npy")
     chosen = next((each for each in POOLS if each == pool), None)
     if chosen is None:
         raise RequestError(f"--pool {pool}: expected {', '.join(POOLS)}")
-    texts = [line.rstrip("\r\n") for line in read_lines(file)]
+    texts = read_every_line(file)
     opened = lathe.load(model, device=_device(device))
     with atomic_file(out.expanduser()) as part:  # refuses a file that is there before anything is computed
         vectors_ND = lathe.encode(opened, texts, chosen, engine=engine)

@@ -79,10 +79,9 @@ def command(
 
 def _run_tree(run: Path) -> Any:
     """What a run was asked, from its directory or its file."""
-    from lathe.cli.train import read_yaml
+    from lathe.cli.train import read_run
 
-    # JSON is YAML, too.
-    return read_yaml(run / "run.json" if run.is_dir() else run)
+    return read_run(run / "run.json" if run.is_dir() else run)
 
 
 @contextmanager

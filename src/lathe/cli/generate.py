@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
+from codecs import BOM_UTF8
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -109,14 +111,17 @@ def _settings(words: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any
     lists: dict[str, Any] = {}
     for word in words:
         field, _, value = word.partition("=")
-        try:
+        listed: Any = None
+        if value.startswith("["):
             # What parse_settings reads as a list of words; of numbers and lists only where it is JSON.
-            lists[field] = json.loads(value) if value.startswith("[") and field not in lists else None
-        except ValueError:
-            lists[field] = None
-        if lists[field] is None:
-            del lists[field]
+            with suppress(ValueError):
+                listed = json.loads(value)
+        if listed is None:
             plain.append(word)
+        elif field in lists:
+            raise RequestError(f"{field} is set twice, the second time by {word!r}; set it once")
+        else:
+            lists[field] = listed
     settings: dict[str, Any] = dict(parse_settings(plain))
     for name, value in [*lists.items(), *((name, value) for name, value in options.items() if value is not None)]:
         if name in settings:
@@ -289,19 +294,15 @@ def _stream(model: Model, prompt: str, settings: Mapping[str, Any], special_toke
 def _load(name: str, adapter: Path | None, device: Any) -> Model:
     """The model, with the adapter on it that was asked for or that stands in its place."""
     import lathe
-    from lathe.adapt import load_adapter
     from lathe.adapt.opening import base_of, is_adapter
+    from lathe.api.loading import load_adapted
     from lathe.generate.rows import check_weights
 
     if is_adapter(name):
         if adapter is not None:
             raise RequestError(f"{name} is an adapter and no model: expected the base of {adapter}")
         name, adapter = base_of(name), Path(name)
-    model = lathe.load(name, device=device)
-    if adapter is not None:
-        load_adapter(model, adapter.expanduser())
-        if lathe.Tokenizer.is_in(adapter.expanduser()):
-            model.tokenizer = lathe.Tokenizer.load(adapter.expanduser())
+    model = lathe.load(name, device=device) if adapter is None else load_adapted(name, adapter, device=device)
     check_weights(model)  # also those that this text would not use
     return model
 
@@ -326,16 +327,21 @@ def _lines(file: Path) -> list[str]:
 
 def _stdin_lines() -> list[str]:
     """What stands on stdin, without the lines that hold nothing visible."""
-    found = []
-    for number, line in enumerate(sys.stdin.buffer.read().splitlines(), start=1):
-        try:
-            found.append(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise RequestError(
-                f"stdin is not UTF-8: line {number} holds the byte 0x{line[error.start]:02x} at {error.start + 1}; "
-                "convert it with iconv -t UTF-8"
-            ) from None
-    return [line for line in found if line.strip()]
+    lines = sys.stdin.buffer.read().splitlines()
+    return [text for text in (_stdin_text(line, number) for number, line in enumerate(lines, start=1)) if text.strip()]
+
+
+def _stdin_text(line: bytes, number: int) -> str:
+    """A line of stdin as text; before the first, a byte order mark says how it is written, and is not part of it."""
+    mark = len(BOM_UTF8) if number == 1 and line.startswith(BOM_UTF8) else 0
+    try:
+        return line[mark:].decode("utf-8")
+    except UnicodeDecodeError as error:
+        at = mark + error.start
+        raise RequestError(
+            f"stdin is not UTF-8: line {number} holds the byte 0x{line[at]:02x} at {at + 1}; "
+            "convert it with iconv -t UTF-8"
+        ) from None
 
 
 def _utf8(prompt: str) -> str:

@@ -55,7 +55,7 @@ def command(
     with joined() as ranks:  # first of all, so that whatever goes wrong is said once
         words = _words(settings or [], options)
         if Path(model).suffix in (".yaml", ".yml"):
-            _train(read_yaml(Path(model)), words, ranks, resume, as_json)
+            _train(read_run(Path(model)), words, ranks, resume, as_json)
         else:
             _train({}, {**words, "model": model}, ranks, resume, as_json)
 
@@ -195,27 +195,58 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def read_yaml(path: Path) -> Any:
-    """The tree of a run file; `RequestError` where there is none."""
-    import yaml
-
+def read_run(path: Path) -> Any:
+    """The tree of a run file, YAML or the `run.json` that a run leaves; `RequestError` where there is none."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise RequestError(f"there is no run file {path}") from None
     except UnicodeDecodeError as error:
         raise RequestError(f"{path} is not UTF-8 (byte {error.start}): expected a run as YAML") from None
+    if path.suffix != ".json":
+        return _read_yaml(path, text)
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise RequestError(f"{path} is not JSON ({error}): expected a run as lathe train wrote it") from None
+
+
+def _read_yaml(path: Path, text: str) -> Any:
+    """Values without quotes are read as on the command line: `3e-4` is a number there, and `none` is none."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """YAML's own types, and those of words."""
+
+    Loader.add_constructor(_WORD, lambda _, node: parse_settings([f"value={node.value}"])["value"])
+    loader = Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _mark_words(node, set())
+        return loader.construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1})" if mark is not None else ""
         raise RequestError(f"{path} is not YAML{where}: expected keys and values, as steps: 2000") from None
-    return _spelled(tree)
+    finally:
+        loader.dispose()
 
 
-def _spelled(value: Any) -> Any:
-    """Words of a YAML file read as on the command line: `3e-4` is a number there, and `none` is none."""
-    if isinstance(value, dict):
-        return {key: _spelled(each) for key, each in value.items()}
-    if isinstance(value, str) and value:
-        return parse_settings([f"value={value}"])["value"]
-    return value
+_WORD = "!word"
+
+
+def _mark_words(node: Any, seen: set[int]) -> None:
+    """Tag the text values of mappings that stand without quotes; what is in quotes is text, whatever it looks like."""
+    import yaml
+
+    if id(node) in seen:  # a node that is named may stand in several places, inside itself too
+        return
+    seen.add(id(node))
+    for _, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        if isinstance(value, yaml.ScalarNode):
+            if value.style is None and value.tag == "tag:yaml.org,2002:str":
+                value.tag = _WORD
+        else:
+            _mark_words(value, seen)

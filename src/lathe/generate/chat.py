@@ -261,7 +261,9 @@ def _longest_answer(settings: Mapping[str, Any], stored: Mapping[str, Any], posi
         raise RequestError(
             f"max_length={settings['max_length']}: a chat's prompts grow; pass max_new_tokens, for each answer"
         )
-    asked = settings.get("max_new_tokens") or stored.get("max_new_tokens")
+    asked = settings.get("max_new_tokens")
+    if asked is None:
+        asked = stored.get("max_new_tokens")
     if asked is None:
         return DEFAULT_ANSWER if positions is None else max(1, min(DEFAULT_ANSWER, positions // 2))
     if isinstance(asked, int) and positions is not None and asked >= positions:

@@ -21,6 +21,9 @@ from lathe.generate import history
 from lathe.generate.history import History
 from lathe.generate.settings import Settings
 
+# Logits over a smaller temperature may be too large for a number.
+_COLD = 1e-30
+
 
 @dataclass(frozen=True)
 class Filter:
@@ -119,7 +122,11 @@ def _sampling(settings: Settings) -> list[Filter]:
 
 def temperature(logits_BV: Tensor, t: float) -> Tensor:
     """Logits over `t`: below 1 the likely become likelier, above 1 the unlikely do (Ackley et al. 1985, §2)."""
-    return logits_BV / t
+    if t >= _COLD:
+        return logits_BV / t
+    # The likeliest are 0 then, and what is too far below them for a number is as good as ruled out.
+    below_BV = logits_BV - logits_BV.amax(dim=-1, keepdim=True)
+    return below_BV / max(t, torch.finfo(logits_BV.dtype).tiny)
 
 
 def top_k(logits_BV: Tensor, k: int) -> Tensor:

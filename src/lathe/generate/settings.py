@@ -238,6 +238,9 @@ class Settings(Spec):
             if asked.get("max_new_tokens") is not None:
                 raise RequestError("max_new_tokens and max_length were both given; expected one of them")
             values.pop("max_new_tokens", None)
+        if asked.get("max_new_tokens") is not None:
+            values.pop("max_length", None)
+        _refuse_beside_stored(asked, values)
         values |= asked
         for names, on, what in (
             (SAMPLING, values.get("do_sample", False), "nothing is sampled; pass do_sample=True"),
@@ -321,3 +324,19 @@ def _refuse_idle(names: Iterable[str], asked: Mapping[str, Any], why: str) -> No
     for name in names:
         if name in asked and asked[name] != _off(name):
             raise RequestError(f"{name}={asked[name]}: {why} or leave it out")
+
+
+def _refuse_beside_stored(asked: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    """Refuse a length that does not go with another one which came with the model, and say so: nobody typed that."""
+    for least, most in (("min_new_tokens", "max_new_tokens"), ("min_length", "max_length")):
+        for mine, other in ((least, most), (most, least)):
+            if mine not in asked or other in asked:
+                continue
+            given, held = asked[mine], stored.get(other)
+            below = {**stored, mine: given}
+            if isinstance(given, int) and isinstance(held, int) and below[least] > below[most]:
+                bound = "at most" if mine == least else "at least"
+                raise RequestError(
+                    f"{mine}={given}: expected {bound} {other}={held}, which is stored with the model; "
+                    f"give {other} as well"
+                )

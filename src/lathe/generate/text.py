@@ -156,7 +156,7 @@ def spelled(
     given = 0
     for step in chosen:
         ids.append(int(step.tokens_B[0]))
-        settled = _settled(tokenizer, ids)
+        settled = _settled(tokenizer, ids, skip=not keep_special_tokens)
         # An unfinished character decodes to the replacement character, which the next token may complete.
         text = _added(tokenizer, before, settled, skip=not keep_special_tokens).rstrip("\ufffd")
         if len(text) > given:
@@ -167,13 +167,20 @@ def spelled(
         yield text[given:]
 
 
-def _settled(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
-    """The ids without those at the end that stand for single bytes (`<0x0A>`)."""
+def _settled(tokenizer: Tokenizer, ids: list[int], *, skip: bool) -> list[int]:
+    """The ids without those at the end that stand for single bytes (`<0x0A>`).
+
+    A special token that is skipped does not end a row of bytes: those after it are spelled together with those before.
+    """
     known = len(ids)
-    # The model's table may have more rows than the vocabulary has tokens.
-    while known and ids[known - 1] < tokenizer.vocab_size and _BYTE.fullmatch(tokenizer.pieces([ids[known - 1]])[0]):
+    while known and (_is_byte(tokenizer, ids[known - 1]) or (skip and ids[known - 1] in tokenizer.special_ids)):
         known -= 1
     return ids[:known]
+
+
+def _is_byte(tokenizer: Tokenizer, number: int) -> bool:
+    # The model's table may have more rows than the vocabulary has tokens.
+    return number < tokenizer.vocab_size and _BYTE.fullmatch(tokenizer.pieces([number])[0]) is not None
 
 
 def _read(

@@ -1,17 +1,20 @@
-"""The text that a tokenizer is trained on: lines, from files or from any iterable of strings.
+"""Text as lines, from files or from any iterable of strings: what a tokenizer is trained on, what a model reads.
 
 A file that is not UTF-8 is refused, with the place, instead of being read with replacement characters that would
-then stand in the vocabulary.
+then stand in the vocabulary. One whose name ends in .gz is unpacked on the way.
 """
 
 from __future__ import annotations
 
+import gzip
 import os
 import random
+import zlib
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from lathe.errors import RequestError
+from lathe.errors import LatheError, RequestError
 
 Corpus = os.PathLike[str] | Iterable[str | os.PathLike[str]] | Iterable[str] | Iterable[os.PathLike[str]]
 
@@ -25,6 +28,7 @@ def read_lines(corpus: Corpus) -> Iterator[str]:
     Raises:
         RequestError: a file that is missing or not UTF-8 (names the line and the byte), something that is neither
             a text nor a path, no text at all.
+        LatheError: an archive that is damaged.
     """
     if isinstance(corpus, str):
         raise RequestError("the corpus is one string: pass a list of texts, or a pathlib.Path for a file")
@@ -39,8 +43,26 @@ def read_lines(corpus: Corpus) -> Iterator[str]:
                 found = True
                 yield line
     if not found:
-        named = f" ({', '.join(files[:3])}{', …' if len(files) > 3 else ''})" if files else ""
-        raise RequestError(f"the corpus{named} is empty: there is no text to train a tokenizer on")
+        named = f"{', '.join(files[:3])}{', …' if len(files) > 3 else ''}" if files else "the corpus"
+        raise RequestError(f"{named} is empty: expected at least one line of text")
+
+
+def read_every_line(path: Path) -> list[str]:
+    """The lines of a file without their ends, for an answer to each: the first answer is the first line's.
+
+    Raises:
+        RequestError: as `read_lines`, and a line without a visible character, by its number.
+    """
+    lines = [line.rstrip("\r\n") for line in _file_lines(path)]
+    if not any(line.strip() for line in lines):
+        raise RequestError(f"{path} is empty: expected at least one line of text")
+    blank = next((number for number, line in enumerate(lines, start=1) if not line.strip()), None)
+    if blank is not None:
+        raise RequestError(
+            f"{path}, line {blank} is blank, and each line has an answer of its own: expected a text in every line; "
+            "take the line out, or write something into it"
+        )
+    return lines
 
 
 def sample(lines: Iterable[str], count: int, seed: int) -> list[str]:
@@ -73,19 +95,22 @@ def _lines(part: str | os.PathLike[str], number: int) -> Iterator[str]:
 def _file_lines(path: Path) -> Iterator[str]:
     start = 0
     try:
-        with path.open("rb") as file:
+        with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
             for number, data in enumerate(file, start=1):
+                mark = len(BOM_UTF8) if number == 1 and data.startswith(BOM_UTF8) else 0
                 try:
-                    yield data.decode("utf-8-sig" if number == 1 else "utf-8")
+                    yield data[mark:].decode("utf-8")
                 except UnicodeDecodeError as error:
-                    at = start + error.start
+                    at = mark + error.start
                     raise RequestError(
-                        f"{path} is not UTF-8: line {number}, byte {at} of the file is 0x{data[error.start]:02x}; "
+                        f"{path} is not UTF-8: line {number}, byte {start + at} of the file is 0x{data[at]:02x}; "
                         "convert it to UTF-8 first"
                     ) from error
                 start += len(data)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise LatheError(f"{path} is no gzip file, or is damaged ({error}); copy or download it again") from error
     except OSError as error:
-        raise RequestError(f"cannot read the corpus {path}: {error.strerror}") from error
+        raise RequestError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _require_unicode(text: str, number: int) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,16 @@ class Evaluation:
     def perplexity(self) -> float:
         """The exponential of the loss; infinite where that is too large for a number."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def fingerprint(batches: Sequence[Batch]) -> str:
+    """A short name of a fixed set: how many batches it has, and a digest of what they hold."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name, tensor in batch.inputs.items():
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return f"{len(batches)} batches, sha256 {digest.hexdigest()[:16]}"
 
 
 def evaluate(

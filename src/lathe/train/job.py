@@ -145,7 +145,7 @@ def _opened(request: RunSettings, ranks: Ranks, device: str) -> Job:
 
 
 def _adapt(request: RunSettings, subject: Subject) -> dict[str, Any]:
-    """Put the adapter that a request asks for on its model; what a resume must then ask again."""
+    """Put the adapter that a request asks for on its model; what a resume must ask again of the weights."""
     if adapter_names(subject.model):
         if request.adapter is not None:
             raise RequestError(
@@ -154,7 +154,8 @@ def _adapt(request: RunSettings, subject: Subject) -> dict[str, Any]:
             )
         return {"adapter": "from its directory", "base_weights": sample(subject.model)}
     if request.adapter is None:
-        return {}
+        # New weights follow from the architecture and the seed, which a resume must ask again as well.
+        return {"start_weights": "new" if subject.base is None else sample(subject.model)}
     if subject.base is None:
         raise RequestError(
             f"adapter: {request.model} is new here, and an adapter is for a model that is trained; give a directory or "
@@ -240,7 +241,8 @@ def _trained(
     built.load_state_dict({**own, **kept})
     install(built, {name: matrix for name, matrix in checkpoint.codes.items() if name in kept})
     config = checkpoint.config if architecture is checkpoint.architecture else {}
-    return Subject(built.to(where), text, checkpoint.generation, config, model, fresh)
+    # Scales come in the type of the weights that they were made from; what is trained and measured here is float32.
+    return Subject(built.float().to(where), text, checkpoint.generation, config, model, fresh)
 
 
 def _adapted(base: str, adapter: str, tokenizer: str | None, where: Any) -> Subject:

@@ -147,8 +147,8 @@ def _generation(subject: Subject, made: Seq2Seq, corpus: Corpus, asked: Mapping[
     settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, **off, **asked}
     if settings["do_sample"]:
         settings.setdefault("seed", 0)
-    lengths = ("max_new_tokens", "max_length")
-    if not any(settings.get(name) or stored.get(name) for name in lengths):
+    # A length that is stored with the model was made for other texts, and would cut these off.
+    if all(settings.get(name) is None for name in ("max_new_tokens", "max_length")):
         # Half as long again as the longest target, so that the limit shortens none that is worth its length.
         longest = int(corpus.fields["target"].lengths.max()) + made.special.n_marks
         assert architecture.decoder is not None

@@ -76,7 +76,7 @@ def _corpus(
     data: DataSettings, tokenizer: Tokenizer, made: Objective, *, validation: bool, limit: int | None = None
 ) -> Corpus:
     breaks = data.breaks if BREAKS in made.reads else None
-    labels = data.labels.split(",") if data.labels is not None else None
+    labels = [name.strip() for name in data.labels.split(",")] if data.labels is not None else None
     source = partial(records, data, made, validation=validation, limit=limit)
     if data.cache is None:
         return tokenise_records(tokenizer, source(), breaks=breaks, labels=labels)

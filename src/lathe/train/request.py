@@ -145,7 +145,10 @@ def read_request(tree: Mapping[str, Any], words: Mapping[str, Any]) -> RunSettin
     """
     if not isinstance(tree, Mapping):
         raise RequestError("the run file holds no keys; expected model, data, objective and a budget")
-    return RunSettings.from_dict(_merged([*_leaves(tree, ""), *words.items()], RunSettings))
+    leaves = list(_leaves(tree, ""))
+    for given in (leaves, words.items()):
+        _refuse_twice((key for key, _ in given), RunSettings)
+    return RunSettings.from_dict(_merged([*leaves, *words.items()], RunSettings))
 
 
 def read_evaluation(words: Mapping[str, Any], run: Mapping[str, Any] | None = None) -> EvaluationSettings:
@@ -156,6 +159,7 @@ def read_evaluation(words: Mapping[str, Any], run: Mapping[str, Any] | None = No
             evaluated on. The words win.
     """
     given = dict(words)
+    _refuse_twice(given, EvaluationSettings)
     if run is not None:
         given = {**dict(_leaves(_held_out(run), "")), **given}
         if not any(_full(key, EvaluationSettings).startswith(("data.train", "data.tasks")) for key in given):
@@ -203,6 +207,15 @@ def _merged(pairs: Iterable[tuple[str, Any]], kind: type[Spec]) -> dict[str, Any
     for key, value in pairs:
         _assign(merged, _full(str(key), kind), value)
     return merged
+
+
+def _refuse_twice(keys: Iterable[str], kind: type[Spec]) -> None:
+    """Refuse a key that one source gives in two spellings, of which one would be lost."""
+    seen: dict[str, str] = {}
+    for key in keys:
+        before = seen.setdefault(_full(key, kind), key)
+        if before != key:
+            raise RequestError(f"{before} and {key} are the same key, which is set twice; give one of them")
 
 
 def _full(key: str, kind: type[Spec]) -> str:

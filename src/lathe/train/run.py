@@ -33,6 +33,7 @@ from lathe.data.batch import Batch
 from lathe.errors import LatheError, RequestError
 from lathe.model.transformer import Transformer
 from lathe.train.checkpointing import Checkpoints, Stored
+from lathe.train.evaluate import fingerprint
 from lathe.train.loop import Run, StepReport, TrainResult, train
 from lathe.train.loss import LossFunction, objective_loss
 from lathe.train.ranks import ALONE, Ranks
@@ -41,6 +42,9 @@ from lathe.train.settings import SaveSettings, TrainSettings
 
 # What may change between two parts of a run: nothing of it changes what a step computes.
 _FREE = ("spike", "checkpointing", "evaluate_every", "parallel")
+# What records of older runs do not hold. There it is not known, and anything is accepted.
+_VALIDATION = "validation"
+_LATER = (_VALIDATION, "start_weights")
 
 
 class Resumable(Protocol):
@@ -76,7 +80,7 @@ def fit(
         evaluation: a fixed set; the checkpoint with the lowest loss on it is kept as `best`.
         resume: go on where the run in `folder` stopped; start there if it holds none.
         asked: more that a resume must ask again, as plain JSON values (the rows of a batch).
-        notes: text files to write into `folder`, name to content.
+        notes: text files to write into `folder`, name to content; not where the run is finished already.
         on_step: called after each step, on every rank.
         ranks: the processes that share the work; each calls this with the same arguments and its own rows.
 
@@ -101,13 +105,16 @@ def fit(
 
         stored = ranks.from_main(look)
         run = Run(model, settings, loss_fn, ranks)
-        wanted = _asked(model, settings, asked or {})
+        validation = None if evaluation is None else fingerprint(evaluation)
+        wanted = _asked(model, settings, {**(asked or {}), _VALIDATION: validation})
         if stored is not None:
             _restore(stored, wanted, batches, run)
         keeper = _Keeper(folder, checkpoints, stored, wanted, run, batches, save, write_model)
         held.enter_context(closing(keeper))
-        ranks.from_main(lambda: keeper.begin(notes or {}))
-        if run.stopped or run.progress >= 1.0:
+        finished = run.stopped or run.progress >= 1.0
+        # What a finished run says of itself stays: nothing is done that these notes could be about.
+        ranks.from_main(lambda: keeper.begin({} if finished else notes or {}))
+        if finished:
             return TrainResult()
 
         def after(report: StepReport) -> None:
@@ -228,19 +235,27 @@ class _Keeper:
 
 
 def _restore(stored: Stored, asked: Mapping[str, Any], batches: Resumable, run: Run) -> None:
-    """Put a checkpoint's state into a fresh run; nothing is touched where it was asked something else."""
-    difference = _difference(stored.state["asked"], asked)
+    """Put a checkpoint's state into a fresh run; the model is not touched where it was asked something else."""
+    _refuse_other(stored, {**asked, _VALIDATION: stored.state["asked"].get(_VALIDATION)})
+    try:
+        batches.load_state_dict(stored.state["data"])
+    except RequestError as error:
+        raise RequestError(f"the run in {stored.path.parent.parent}: {error}") from None
+    # Last, since it follows from the data's settings: what is named is what was changed.
+    _refuse_other(stored, asked)
+    run.load_state_dict(stored.state["run"], stored.moments(), stored.weights())
+
+
+def _refuse_other(stored: Stored, asked: Mapping[str, Any]) -> None:
+    """Raise `RequestError` where a run was asked something else."""
+    record = stored.state["asked"]
+    difference = _difference(record, {key: asked[key] for key in asked if key in record or key not in _LATER})
     if difference is not None:
         name, then, now = difference
         raise RequestError(
             f"the run in {stored.path.parent.parent} was started with {name}={then} and this one says {now}; "
             "resume with the same, or start a new run in another directory"
         )
-    try:
-        batches.load_state_dict(stored.state["data"])
-    except RequestError as error:
-        raise RequestError(f"the run in {stored.path.parent.parent}: {error}") from None
-    run.load_state_dict(stored.state["run"], stored.moments(), stored.weights())
 
 
 def _asked(model: Transformer, settings: TrainSettings, more: Mapping[str, Any]) -> dict[str, Any]:

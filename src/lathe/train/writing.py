@@ -19,8 +19,8 @@ import torch
 
 from lathe.data.corpus import Corpus
 from lathe.errors import RequestError
-from lathe.generate import generate
 from lathe.generate.continuous import rows_as_finished
+from lathe.generate.decode import decode
 from lathe.generate.settings import Settings
 from lathe.model.transformer import Transformer
 from lathe.objectives.seq2seq import Seq2Seq
@@ -29,7 +29,7 @@ from lathe.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Written:
-    """What the model wrote for one source; `ended` says whether it came to an end of its own within its limit."""
+    """What the model wrote for one source; `ended`: by an end mark or a stop string, and not by its limit."""
 
     text: str
     ended: bool
@@ -72,16 +72,17 @@ def write_all(
     if resolved.num_beams == 1 and resolved.num_return_sequences == 1:
         ids = [sources[number] for number in order]
         for row in rows_as_finished(model, ids, slots=batch, **given(order)) if ids else ():
-            found[order[row.number]] = _read(tokenizer, row.ids, resolved.eos_token_id)
+            found[order[row.number]] = _read(tokenizer, row.ids, row.ended, resolved.eos_token_id)
             if on_done is not None:
                 on_done(1)
         return [found[number] for number in range(len(sources))]
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
         ids_BT, mask_BT = _padded([sources[number] for number in chosen], resolved.filler)
-        rows = generate(model, ids_BT, mask_BT, **given(chosen)).tolist()
-        for number, row in zip(chosen, rows):
-            found[number] = _read(tokenizer, row[1:], resolved.eos_token_id)
+        rows = decode(model, ids_BT, mask_BT, **given(chosen))
+        new_RT = rows.sequences_RT[:, rows.n_prompt :]
+        for number, row, ended in zip(chosen, new_RT.tolist(), rows.ended_R.tolist()):
+            found[number] = _read(tokenizer, row, ended, resolved.eos_token_id)
         if on_done is not None:
             on_done(len(chosen))
     return [found[number] for number in range(len(sources))]
@@ -100,8 +101,8 @@ def _padded(rows: Sequence[list[int]], filler: int) -> tuple[torch.Tensor, torch
     return ids_BT, mask_BT
 
 
-def _read(tokenizer: Tokenizer, ids: list[int], ends: tuple[int, ...]) -> Written:
-    """The text up to the first end mark."""
+def _read(tokenizer: Tokenizer, ids: list[int], ended: bool, ends: tuple[int, ...]) -> Written:
+    """The text up to the first end mark, where there is one: a text that a stop string ended has none."""
     at = next((place for place, each in enumerate(ids) if each in ends), None)
     # The model's table may have more rows than the vocabulary has tokens.
-    return Written(tokenizer.decode(ids[:at], True, errors="replace"), at is not None)
+    return Written(tokenizer.decode(ids[:at], True, errors="replace"), ended)
