@@ -12,6 +12,7 @@ from lathe.cli.settings import parse_settings
 from lathe.errors import RequestError
 
 _KEYS = ("data", "objective")
+_WIDEST = 10_000  # columns of a table in a file
 
 
 def command(
@@ -71,7 +72,8 @@ def _compare(names: list[str], words: dict[str, Any], out: Path | None, device: 
         shown.add_row(*row)
     console = answers()
     if not console.is_terminal:  # a file has no edge
-        console.width = max(console.width, console.measure(shown).maximum)
+        wide = console.options.update_width(_WIDEST)
+        console.width = max(console.width, console.measure(shown, options=wide).maximum)
     console.print(shown)
     if found.note:
         answers().print(found.note, soft_wrap=True)
