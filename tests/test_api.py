@@ -239,3 +239,10 @@ def test_a_shard_of_no_bytes_is_refused(size: Any, tmp_path: Path) -> None:
 def test_a_number_is_no_vocabulary() -> None:
     with pytest.raises(RequestError, match=r"^vocabulary=5: expected text"):
         lathe.resize(lathe.Model(small("gpt2"), seed=0), vocabulary=5)  # type: ignore[arg-type]
+
+
+def test_settings_that_name_no_tokens_are_saved_with_the_models_own(tmp_path: Path) -> None:
+    model = lathe.Model(small("t5-small"), seed=0, generation={"num_beams": 2})
+    model.save(tmp_path / "t5")
+    stock = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "t5").generation_config
+    assert (stock.num_beams, stock.eos_token_id, stock.pad_token_id, stock.decoder_start_token_id) == (2, 1, 0, 0)

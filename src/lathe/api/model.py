@@ -20,7 +20,7 @@ from lathe.adapt import adapter_names, folded_tensors
 from lathe.architecture import Architecture
 from lathe.blueprint import stored
 from lathe.checkpoint.load import Checkpoint
-from lathe.checkpoint.save import DEFAULT_SHARD_BYTES, Saved, save_checkpoint
+from lathe.checkpoint.save import DEFAULT_SHARD_BYTES, Saved, save_checkpoint, with_tokens
 from lathe.errors import RequestError
 from lathe.families import holder, write_config
 from lathe.families.adapter import fuse, to_disk
@@ -283,11 +283,7 @@ def _stock_generation(config: Mapping[str, Any], generation: Mapping[str, Any]) 
 
     if not generation:
         return GenerationConfig.from_dict(dict(config), _from_model_config=True)
-    tokens = {name: config[name] for name in _TOKENS if config.get(name) is not None}
-    return GenerationConfig.from_dict({**tokens, **generation})
-
-
-_TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id")
+    return GenerationConfig.from_dict(with_tokens(generation, config))
 
 
 def parameter_count(model: Transformer) -> int:

@@ -101,6 +101,17 @@ def save_checkpoint(
     return dataclasses.replace(saved, directory=Path(directory))
 
 
+def with_tokens(generation: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Generation settings with the token ids that they do not say.
+
+    Beside a file of settings stock `transformers` asks the config for none, and would never stop.
+    """
+    return {**{name: config[name] for name in _TOKENS if config.get(name) is not None}, **generation}
+
+
+_TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id")
+
+
 def write_checkpoint(
     folder: Path,
     architecture: Architecture,
@@ -136,7 +147,7 @@ def write_checkpoint(
     _write_json(folder / (OWN if family is None else CONFIG), described)
     write_tensors(folder, parts, max_shard_bytes=max_shard_bytes)
     if generation:
-        _write_json(folder / GENERATION, generation)
+        _write_json(folder / GENERATION, with_tokens(generation, described))
     if tokenizer is not None:
         tokenizer.save(folder)
     return Saved(folder, family is not None, tuple(reasons))
