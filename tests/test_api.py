@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
@@ -195,6 +196,7 @@ def test_a_model_in_memory_is_resized_wherever_its_files_are_by_now(
     monkeypatch.chdir("other")
     grown = lathe.resize(model, d_ff=40)
     assert grown.history is not None
+    assert grown.history.base is None  # a directory of that name once, and no model of the hub
     assert grown.history.recipe.obstacle == ("its source was a model in memory that no files hold" if gone else "")
 
 
@@ -227,6 +229,16 @@ def test_weights_of_several_types_are_read_in_the_widest(tmp_path: Path) -> None
         with torch.no_grad():
             torch.testing.assert_close(model(**given).logits, half.float()(**given).logits, rtol=1e-4, atol=1e-4)
     assert lathe.load(tmp_path / "half", dtype=torch.float16).dtype == torch.float16
+
+
+def test_numbers_of_8_bits_among_wider_ones_are_read_as_those(tmp_path: Path) -> None:
+    lathe.Model(small("gpt2"), seed=0, dtype=torch.bfloat16).save(tmp_path / "gpt2")
+    tensors = safetensors.torch.load_file(tmp_path / "gpt2/model.safetensors")
+    name = next(name for name, tensor in tensors.items() if tensor.dim() == 2)
+    safetensors.torch.save_file(
+        {**tensors, name: tensors[name].to(torch.float8_e4m3fn)}, tmp_path / "gpt2/model.safetensors", {"format": "pt"}
+    )
+    assert {tensor.dtype for tensor in lathe.load(tmp_path / "gpt2").tensors().values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("size", ["10kB", 0, 1.5])

@@ -20,9 +20,10 @@ CTRL_C, CTRL_D = b"\x03", b"\x04"
 # Seconds until a key is pressed again, as anyone would. A signal that comes after Python has written its prompt and
 # before it waits for keys is noticed with the next key only; so may be one that the system gives to another thread.
 PATIENCE = 15.0
-# The terminal becomes the one that signals of its keys go to.
+# The terminal becomes the one that signals of its keys go to; a shell's job in the background would not hear Ctrl-C.
 START = (
-    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "signal.signal(signal.SIGINT, signal.SIG_DFL); "
     "os.execv(sys.executable, [sys.executable, '-m', 'lathe', *sys.argv[1:]])"
 )
 

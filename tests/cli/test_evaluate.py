@@ -131,9 +131,11 @@ def test_the_longest_target_has_room_unless_a_length_is_given(cli: Callable, her
     longest = max(len(Tokenizer.load("model").encode(row["ko"])) for row in ROWS)
     assert found["generation"]["max_new_tokens"] == longest + longest // 2
     model = lathe.load("model")
-    model.generation = {"max_length": 5}  # of other texts
-    model.save("short")
-    assert json.loads(cli("evaluate", "short", *PAIRS, "--data", "pairs.jsonl", "--json").out)["bleu"] == found["bleu"]
+    for name, lengths in (("short", {"max_length": 5}), ("long", {"min_length": 56, "max_length": 142})):  # of others
+        model.generation = lengths
+        model.save(name)
+        other = json.loads(cli("evaluate", name, *PAIRS, "--data", "pairs.jsonl", "--json").out)
+        assert other["bleu"] == found["bleu"]
 
 
 @pytest.mark.parametrize("beams", [1, 2])

@@ -292,6 +292,13 @@ def test_the_text_to_heal_on_is_read_before_anything_is_cut(
     assert line in ran.err
 
 
+def test_what_only_the_new_vocabulary_can_read_is_healed_on(cli: Callable, here: Path):
+    Path("korean.txt").write_text("선반은 나무를 깎는다\n돌을 깎는 선반\n" * 40, encoding="utf-8")
+    words = ["vocab_size=100", "vocabulary=korean.txt", "heal.steps=2", "heal.rows=2", "heal.length=32"]
+    ran = cli("resize", "bert", "new", *words, "--heal", "korean.txt", "--device", "cpu")
+    assert ran.code == 0, ran.err
+
+
 def test_a_short_text_to_heal_on_is_said(cli: Callable, here: Path):
     Path("few.txt").write_text("the lathe turns wood to size", encoding="utf-8")
     words = ["d_ff=20", "heal.steps=4", "heal.rows=2", "heal.length=32", "--heal", "few.txt", "--device", "cpu"]

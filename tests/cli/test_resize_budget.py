@@ -63,7 +63,7 @@ def test_the_result_is_within_the_budget_and_replays_without_measuring_again(cli
     [
         (["--max-parameters", "10"], "the least possible is "),
         (["--max-parameters", "1B"], "which is within it: nothing to cut"),
-        (["--max-parameters", "4k", "--max-bytes", "9MB"], "parameters and bytes was given; give one"),
+        (["--max-parameters", "4k", "--max-bytes", "9MB"], "max_parameters and max_bytes are two budgets: give one"),
         (["--max-bytes", "lots"], "max_bytes='lots': expected bytes"),
         (["d_ff=12", "--plan-only"], "--plan-only shows a budget's plan"),
         (["--max-bytes", "9kB", "max_bytes=9kB"], "max_bytes is set twice"),

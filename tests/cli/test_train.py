@@ -227,6 +227,8 @@ def test_bad_input_is_one_line_and_nothing_is_written(cli: Callable, here: Path,
 def test_a_run_file_that_cannot_be_read_is_named(cli: Callable, here: Path):
     (here / "broken.yaml").write_text("steps: [1\nmodel: gpt2")
     assert "broken.yaml is not YAML (line 2)" in cli("train", "broken.yaml").err
+    (here / "odd.yaml").write_text("model: gpt2\x07")
+    assert "odd.yaml is not YAML" in cli("train", "odd.yaml").err
     (here / "empty.yaml").touch()
     assert "holds no keys" in cli("train", "empty.yaml").err
     assert "there is no run file missing.yaml" in cli("train", "missing.yaml").err

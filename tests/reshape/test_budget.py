@@ -105,7 +105,7 @@ def test_a_budget_is_read_as_people_write_it(words, expected):
     [
         ({"max_parameters": "few"}, "max_parameters='few': expected a count"),
         ({"max_bytes": "40 apples"}, "max_bytes='40 apples': expected bytes"),
-        ({"max_bytes": "1M", "max_latency": 3.0}, "bytes and milliseconds was given; give one"),
+        ({"max_bytes": "1M", "max_latency": 3.0}, "max_bytes and max_latency are two budgets: give one"),
         ({"max_latency": -1.0}, "max_latency=-1: expected more than 0 milliseconds"),
         ({"budget.effort": 3}, "there is no budget"),
         ({"max_bytes": "1M", "budget.efort": 3}, "did you mean 'effort'"),

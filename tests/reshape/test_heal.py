@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +283,26 @@ def test_the_end_that_few_documents_are_measured_on_is_healed_on_by_none(
     assert len(healing.texts) == number
     assert not any(apart.texts[0] in text for text in healing.texts)
     assert {text.strip() for text in healing.texts} == set(used.texts)
+
+
+@pytest.mark.parametrize("more", [10, 150, 100_000])
+def test_of_a_long_document_only_the_piece_that_is_measured_on_is_left_out(
+    parent: tuple[lathe.Model, Path], tmp_path: Path, more: int
+):
+    model, file = parent
+    assert model.tokenizer is not None
+    book = file.read_text(encoding="utf-8").replace("\n", " ")
+    (tmp_path / "book.txt").write_text(book, encoding="utf-8")
+    settings = TextSettings(file=str(tmp_path / "book.txt"), tokens=400)
+    used, apart = read_documents(settings, model.tokenizer, apart=True)
+    (before,), (end,) = used.texts, apart.texts
+    shown = healing_text(replace(settings, tokens=400 + more), model.tokenizer, apart).texts
+    if more == 100_000:  # all of the book, and what stands after the piece with it
+        assert f"{before} {end}{shown[1]}" == book
+    assert shown[0] == before
+    (tmp_path / "other.txt").write_text(f"of others {book}", encoding="utf-8")
+    other = healing_text(TextSettings(file=str(tmp_path / "other.txt")), model.tokenizer, apart)
+    assert other.texts == (f"of others {book}",)
 
 
 def test_a_teacher_that_is_no_model_is_refused_and_a_quantised_one_teaches(parent: tuple[lathe.Model, Path]):

@@ -168,7 +168,9 @@ def of_one_type(reader: Reader | OwnReader, source: TypedSource) -> Parameters:
     floating = [kind for kind in kinds if kind.is_floating_point]
     if len(floating) < 2:
         return reader
-    widest = functools.reduce(torch.promote_types, floating)
+    # Nothing is promoted from 8 bits: those numbers are read in the type of the others, in float32 where there is none.
+    wide = [kind for kind in floating if kind.itemsize > 1] or [torch.float32]
+    widest = functools.reduce(torch.promote_types, wide)
     log.info("the weights are of %d types; all are read as %s", len(floating), str(widest).removeprefix("torch."))
     return _Widened(reader, widest)
 

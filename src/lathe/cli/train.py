@@ -219,8 +219,8 @@ def _read_yaml(path: Path, text: str) -> Any:
         """YAML's own types, and those of words."""
 
     Loader.add_constructor(_WORD, lambda _, node: parse_settings([f"value={node.value}"])["value"])
-    loader = Loader(text)
     try:
+        loader = Loader(text)  # refuses characters that no YAML holds
         node = loader.get_single_node()
         if node is None:
             return None
@@ -230,8 +230,6 @@ def _read_yaml(path: Path, text: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1})" if mark is not None else ""
         raise RequestError(f"{path} is not YAML{where}: expected keys and values, as steps: 2000") from None
-    finally:
-        loader.dispose()
 
 
 _WORD = "!word"

@@ -286,8 +286,10 @@ def _with_text(
 
 
 def _require_text_to_heal_on(job: Job) -> None:
-    """Refuse now what healing would refuse once the cut is done."""
+    """Refuse now what healing would refuse once the cut is done; another vocabulary's tokenizer is not there yet."""
     settings, source = job.request.heal, job.source
+    if job.request.vocabulary is not None:
+        return
     assert settings is not None
     assert source.tokenizer is not None
     documents = healing_text(settings.text, source.tokenizer, job.apart)

@@ -36,7 +36,12 @@ class Source:
     @property
     def hub_id(self) -> str | None:
         """The name where it is one that a model card can link to."""
-        return None if self.directory is None or Path(self.name).expanduser().exists() else self.name
+        if self.directory is None:
+            return None
+        named = Path(self.name).expanduser()  # a directory, even where it is not seen from here any more
+        parts = self.directory.absolute().parts
+        is_local = named.exists() or not named.parts or parts[-len(named.parts) :] == named.parts
+        return None if is_local else self.name
 
 
 def open_source(name: str, *, stream: bool = False, quantized: bool = False) -> Source:

@@ -18,7 +18,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
 
@@ -100,11 +100,13 @@ class Documents:
         texts: in the source's order; of pairs, their sources.
         digest: the SHA-256 of them all.
         targets: of pairs.
+        after: what stands before it and a space, where this is one text and a piece of a longer one (`_split`).
     """
 
     texts: tuple[str, ...]
     digest: str
     targets: tuple[str, ...] | None = None
+    after: str | None = None
 
     @classmethod
     def of(cls, texts: Iterable[str], targets: Iterable[str] | None = None) -> Documents:
@@ -200,26 +202,32 @@ def read_documents(settings: TextSettings, tokenizer: Tokenizer, *, apart: bool)
             f"{settings.file}: the tokenizer cannot read it, {unread / tokens:.0%} of its tokens are unknown; give "
             "text in the model's own language and script"
         )
-    if apart and used and not held:
-        used, held = (used[:-1] or used, used[1:][-1:]) if pairs else _split(used)
-    return Documents.of_records(used, pairs=pairs), Documents.of_records(held, pairs=pairs)
+    after = None
+    if apart and used and not held and pairs:
+        used, held = used[:-1] or used, used[1:][-1:]
+    elif apart and used and not held:
+        used, held, after = _split(used)
+    return Documents.of_records(used, pairs=pairs), replace(Documents.of_records(held, pairs=pairs), after=after)
 
 
 def healing_text(settings: TextSettings, tokenizer: Tokenizer, apart: Documents | None) -> Documents:
-    """What is healed on: nothing of what was kept apart to measure on.
-
-    Of few documents that is the end of one (`_split`), which is cut off there.
-    """
+    """What is healed on: nothing of what was kept apart to measure on."""
     documents, _ = read_documents(settings, tokenizer, apart=False)
     if apart is None:
         return documents
-    held, records = set(apart.records), documents.records
-    kept = [record for record in records if record not in held]
-    if len(held) == 1 and len(kept) == len(records) and documents.targets is None:
-        (end,) = apart.texts
-        before = (text.partition(end)[0] for text in documents.texts)
-        kept = [(text,) for text in before if text.strip()]
+    held = set(apart.records)
+    kept = [record for record in documents.records if record not in held]
+    if apart.after is not None:
+        kept = [(part,) for (text,) in kept for part in _around(text, apart.after, apart.texts[0])]
     return Documents.of_records(kept, pairs=documents.targets is not None)
+
+
+def _around(text: str, before: str, end: str) -> list[str]:
+    """What a document holds around a piece that was kept apart of it; all of it, where it is another document."""
+    both = f"{before} {end}"
+    if text.startswith(both):
+        return [before, rest] if (rest := text[len(both) :]).strip() else [before]
+    return [before] if len(text) > len(before) and both.startswith(text) else [text]
 
 
 def read_all(settings: TextSettings) -> Iterator[Record]:
@@ -256,14 +264,15 @@ def _cut(text: str, share: float) -> str:
     return text[: place if place > 0 else end]
 
 
-def _split(texts: list[Record]) -> tuple[list[Record], list[Record]]:
-    """Few documents, and the last tenth of the longest one apart from them; none apart where that is no text."""
+def _split(texts: list[Record]) -> tuple[list[Record], list[Record], str | None]:
+    """Few documents, the last tenth of the longest one, and what stands before that; none apart where it is no text."""
     longest = max(range(len(texts)), key=lambda number: len(texts[number][0]))
     (text,) = texts[longest]
     place = text.rfind(" ", 0, len(text) - len(text) // _APART_EVERY)
     if place < 1 or not text[place:].strip():
-        return texts, []
-    return [*texts[:longest], (text[:place],), *texts[longest + 1 :]], [(text[place + 1 :],)]
+        return texts, [], None
+    before = text[:place]
+    return [*texts[:longest], (before,), *texts[longest + 1 :]], [(text[place + 1 :],)], before
 
 
 @dataclass(frozen=True)

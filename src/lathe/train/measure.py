@@ -136,14 +136,21 @@ def _open(subject: Subject, made: Objective, data: DataSettings, request: Evalua
     return part
 
 
+_LEAST = ("min_new_tokens", "min_length")  # longer than a text of the data may be
+
+
+def _left_out(stored: Mapping[str, Any], instead: dict[str, Any]) -> dict[str, Any]:
+    """The settings that stand in for some that came with the model, said."""
+    if instead:
+        names = ", ".join(f"{name}={stored[name]}" for name in instead)
+        log.warning("the model asks for %s, which is left out here", names)
+    return instead
+
+
 def _generation(subject: Subject, made: Seq2Seq, corpus: Corpus, asked: Mapping[str, Any]) -> dict[str, Any]:
     """What the texts are written with: greedily and with room for each target, unless something else is asked."""
     stored, architecture = subject.generation, subject.model.architecture
-    off = {name: value for name, value in turned_off(stored).items() if name not in asked}
-    if off:
-        log.warning(
-            "the model asks for %s, which is left out here", ", ".join(f"{name}={stored[name]}" for name in off)
-        )
+    off = _left_out(stored, {name: value for name, value in turned_off(stored).items() if name not in asked})
     settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, **off, **asked}
     if settings["do_sample"]:
         settings.setdefault("seed", 0)
@@ -154,6 +161,7 @@ def _generation(subject: Subject, made: Seq2Seq, corpus: Corpus, asked: Mapping[
         assert architecture.decoder is not None
         most = architecture.decoder.positions.limit
         settings["max_new_tokens"] = min(longest + longest // 2, most or longest * 2)
+        settings |= _left_out(stored, {name: 0 for name in _LEAST if stored.get(name) and name not in asked})
     Settings.resolve(architecture, settings, stored)
     return settings
 
