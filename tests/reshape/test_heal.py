@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import tempfile
 from dataclasses import replace
@@ -303,6 +304,10 @@ def test_of_a_long_document_only_the_piece_that_is_measured_on_is_left_out(
     (tmp_path / "other.txt").write_text(f"of others {book}", encoding="utf-8")
     other = healing_text(TextSettings(file=str(tmp_path / "other.txt")), model.tokenizer, apart)
     assert other.texts == (f"of others {book}",)
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"ask": book, "say": "wood"}) + "\n", encoding="utf-8")
+    asked = TextSettings(file=str(pairs), source="ask", target="say")
+    assert healing_text(asked, model.tokenizer, apart).records == [(book, "wood")]
 
 
 def test_a_teacher_that_is_no_model_is_refused_and_a_quantised_one_teaches(parent: tuple[lathe.Model, Path]):

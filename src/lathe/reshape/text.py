@@ -217,7 +217,7 @@ def healing_text(settings: TextSettings, tokenizer: Tokenizer, apart: Documents 
         return documents
     held = set(apart.records)
     kept = [record for record in documents.records if record not in held]
-    if apart.after is not None:
+    if apart.after is not None and documents.targets is None:  # half of a pair is none
         kept = [(part,) for (text,) in kept for part in _around(text, apart.after, apart.texts[0])]
     return Documents.of_records(kept, pairs=documents.targets is not None)
 
