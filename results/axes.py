@@ -3,8 +3,9 @@
     python results/axes.py bert --out axes-bert
 
 Each cut is of the model that a run left, fitted on the run's training text; its validation perplexity over the
-parent's, without healing and healed with 5% of the tokens that the parent was trained on (`--heal 0` leaves that out).
-The table goes to stdout and to OUT.md; runs that were interrupted go on.
+parent's, without healing and healed with 5% of the tokens that the parent was trained on, or with other shares of them
+(`--heal 0.05,0.2`; `--heal ""` leaves that out). The table goes to stdout and to OUT.md; runs that were interrupted go
+on.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from parent import Ledger, Parent, open_parent
+from parent import Ledger, Parent, copied, numbers, open_parent
 
 import lathe
 from lathe.reshape.heal import HealSettings, heal
@@ -28,20 +29,21 @@ def main() -> None:
     ledger = Ledger(given.out.with_suffix(".json"))
     fitted = [batch.inputs for batch in parent.sample(given.tokens)]
     whole = ledger.once("parent", parent.perplexity)
-    tokens = round(given.heal * parent.tokens)
+    budgets = [round(part * parent.tokens) for part in given.heal]
+    header = ["cut", "parameters", "unhealed", *(f"healed, {tokens:,} tokens" for tokens in budgets)]
     lines = [
         f"{parent}, perplexity {whole:.3f}.",
         "",
-        "| cut | parameters | unhealed |" + (f" healed, {tokens:,} tokens |" if tokens else ""),
-        "|---|---:|---:|" + ("---:|" if tokens else ""),
+        f"| {' | '.join(header)} |",
+        "|---|" + "---:|" * (len(header) - 1),
     ]
     for name, changes in _cuts(parent.model).items():
         cut = lathe.resize(parent.model, calibrate=fitted, own_form=True, **changes)
         cells = [name, f"{parameters_of(cut):,}"]
         cells.append(f"{ledger.once(name, parent.perplexity, cut) / whole:.3f}")
-        if tokens:
-            folder = given.out / name.replace(" ", "-").replace("=", "-").replace(":", "-")
-            healed = ledger.once(f"{name}, healed", _healed, parent, cut, tokens, given.lr, folder)
+        for tokens in budgets:
+            folder = given.out / f"{name}-{tokens}".replace(" ", "-").replace("=", "-").replace(":", "-")
+            healed = ledger.once(f"{name}, healed {tokens}", _healed, parent, cut, tokens, given, folder)
             cells.append(f"{healed / whole:.3f}")
         lines.append(f"| {' | '.join(cells)} |")
         given.out.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -68,8 +70,9 @@ def _cuts(model: lathe.Model) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _healed(parent: Parent, model: lathe.Model, tokens: int, lr: float | None, folder: Path) -> float:
-    settings = HealSettings(file="the run's own", tokens=tokens, lr=lr, save_every=200)
+def _healed(parent: Parent, cut: lathe.Model, tokens: int, given: argparse.Namespace, folder: Path) -> float:
+    model = copied(cut)  # the cut itself stays as it is
+    settings = HealSettings(file="the run's own", tokens=tokens, lr=given.lr, noise=given.noise, save_every=200)
     heal(model, parent.model, parent.batches(), settings, folder)
     return parent.perplexity(model)
 
@@ -79,8 +82,9 @@ def _words() -> argparse.Namespace:
     words.add_argument("run", type=Path, help="a training run's directory")
     words.add_argument("--tokens", type=int, default=24_000, help="how much text the cuts are fitted on")
     words.add_argument("--held-tokens", type=int, default=20_000, help="how much text all is measured on")
-    words.add_argument("--heal", type=float, default=0.05, help="the share of the parent's training tokens")
+    words.add_argument("--heal", type=numbers, default=[0.05], help="shares of the parent's training tokens")
     words.add_argument("--lr", type=float, help="of the healing; where left out, what lathe heals with")
+    words.add_argument("--noise", type=float, default=0.0, help="share of the tokens that are swapped while it heals")
     words.add_argument("--out", type=Path, required=True, help="where the runs, OUT.json and OUT.md are kept")
     return words.parse_args()
 

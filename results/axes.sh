@@ -4,5 +4,7 @@
 set -eu
 . "$CONFIGS/parents.inc"
 for run in $(parents); do
-	python "$CONFIGS/axes.py" "$run" --out "axes-$run"
+	noise=0
+	test "$run" != t5 || noise=0.3 # it read its text three times
+	python "$CONFIGS/axes.py" "$run" --noise "$noise" --out "axes-$run"
 done

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from parent import Ledger, Parent, asked, open_parent, width
+from parent import Ledger, Parent, asked, copied, numbers, open_parent, width
 
 import lathe
 from lathe.data.batch import Batch
@@ -83,8 +83,7 @@ def _cut(parent: Parent, sizes: Sizes, fitted: list[Batch]) -> lathe.Model:
 
 
 def _healed(parent: Parent, cut: lathe.Model, tokens: int, given: argparse.Namespace, folder: Path) -> float:
-    tensors = {key: tensor.clone() for key, tensor in cut.tensors().items()}  # the cut itself stays as it is
-    model = lathe.Model(cut.architecture, tensors, tokenizer=parent.model.tokenizer)
+    model = copied(cut)  # the cut itself stays as it is
     how = {"optimizer": given.optimizer, "lr": given.lr, "weight": given.weight, "noise": given.noise}
     settings = HealSettings(file="the run's own", tokens=tokens, save_every=200, **how)
     heal(model, parent.model, parent.batches(), settings, folder)
@@ -128,9 +127,9 @@ def _words() -> argparse.Namespace:
     words.add_argument("run", type=Path, help="a training run's directory")
     words.add_argument("--tokens", type=int, default=24_000, help="how much text the cuts are fitted on")
     words.add_argument("--held-tokens", type=int, default=20_000, help="how much text all is measured on")
-    words.add_argument("--shares", type=_numbers, default=[0.75, 0.5])
+    words.add_argument("--shares", type=numbers, default=[0.75, 0.5])
     words.add_argument("--sizes", nargs="*", default=[], help="other sizes, as d_ff=352,d_model=136")
-    words.add_argument("--heal", type=_numbers, default=[0.05, 0.2], help="shares of the parent's training tokens")
+    words.add_argument("--heal", type=numbers, default=[0.05, 0.2], help="shares of the parent's training tokens")
     words.add_argument("--optimizer", default="adafactor", help="of the healing: adafactor or adamw")
     words.add_argument("--lr", type=float, help="of the healing; where left out, what lathe heals with")
     words.add_argument("--weight", type=float, default=1.0, help="the parent's share of the healing's loss")
@@ -138,10 +137,6 @@ def _words() -> argparse.Namespace:
     words.add_argument("--whole", action="store_true", help="also train each size on the parent's whole budget")
     words.add_argument("--out", type=Path, required=True, help="where the runs, OUT.json and OUT.md are kept")
     return words.parse_args()
-
-
-def _numbers(text: str) -> list[float]:
-    return [float(each) for each in text.split(",") if each]
 
 
 if __name__ == "__main__":

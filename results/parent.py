@@ -100,6 +100,17 @@ def width(model: lathe.Model, share: float) -> int:
     return max(heads, round(share * model.architecture.d_model / heads) * heads)
 
 
+def copied(model: lathe.Model) -> lathe.Model:
+    """The same model with weights of its own."""
+    tensors = {key: tensor.clone() for key, tensor in model.tensors().items()}
+    return lathe.Model(model.architecture, tensors, tokenizer=model.tokenizer)
+
+
+def numbers(text: str) -> list[float]:
+    """What a word of the command line lists, as 0.05,0.2."""
+    return [float(each) for each in text.split(",") if each]
+
+
 class Ledger:
     """Numbers by name, in a file that is written after each: what was measured once is not measured again."""
 

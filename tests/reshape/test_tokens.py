@@ -10,6 +10,7 @@ from torch import nn
 
 import lathe
 from lathe.architecture import Architecture, Classifier, Head, Pooler
+from lathe.errors import RequestError
 from lathe.reshape import resize
 from lathe.reshape.calibrate import moments
 from lathe.reshape.divergence import Divergence
@@ -45,6 +46,13 @@ def test_each_side_counts_its_own_tokens(told: str):
     norms = ["encoder.norm", "decoder.attention.0.norm", "decoder.cross_attention.0.norm", "decoder.norm"]
     counted = moments(model, [pairs(model)[told]], norms).tokens
     assert counted == {"encoder.norm": 12, **dict.fromkeys(norms[1:], 36)}
+
+
+def test_labels_that_are_all_ignored_leave_a_decoder_without_text():
+    model = build(shape("t5-small"))
+    asked = pairs(model)["labels"]
+    with pytest.raises(RequestError, match="fitted on text, and there is none"):
+        resize(model, {"d_model": 12}, calibrate=[{**asked, "labels": torch.full_like(asked["labels"], -100)}])
 
 
 def test_what_lifts_the_embeddings_counts_both_sides():

@@ -93,9 +93,9 @@ def moments(
         streams: those of the norms whose output is the stream.
 
     Raises:
-        RequestError: no tokens.
+        RequestError: one of them is passed by no token.
     """
-    gathered, outputs = Moments(blank(model)), frozenset(streams)
+    gathered, norms, outputs = Moments(blank(model)), tuple(norms), frozenset(streams)
 
     def ear(norm: str) -> Ear:
         centred = isinstance(model.get_submodule(norm), nn.LayerNorm)
@@ -128,7 +128,7 @@ def moments(
     with heard(model, {norm: ear(norm) for norm in norms}), torch.no_grad():
         run_text(model, batches, hear)
     model.train(training)
-    if not gathered.tokens:
+    if not all(gathered.tokens.get(norm) for norm in norms):  # batches whose labels are all ignored, to a decoder
         raise RequestError(NO_TEXT)
     return gathered
 
