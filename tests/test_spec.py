@@ -53,6 +53,12 @@ def test_values_are_kept_as_their_annotations_say() -> None:
     assert record.word == Word(letters=3)
 
 
+def test_numbers_of_a_list_may_be_words_as_a_command_line_has_them() -> None:
+    assert Outer(width=3, ids=["1", "-2"]).ids == (1, -2)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match=r"ids=\['1', 'x'\]: expected a list, each of it a whole number"):
+        Outer(width=3, ids=["1", "x"])  # type: ignore[arg-type]
+
+
 def test_plain_values_come_back_as_an_equal_record() -> None:
     record = Outer(width=3, ids=(4, 5), inner=Inner(rank=2), word=Word(letters=4), maybe=7)
     plain = record.to_dict()

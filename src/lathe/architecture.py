@@ -512,6 +512,21 @@ class Architecture(Spec):
             raise RequestError(unknown("field", name, [*owner.field_names(), *(() if parent else ALIASES)]))
         return [name]
 
+    def short(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """The same changes under short names, where one value serves every field that the name sets.
+
+        >>> import lathe
+        >>> lathe.preset("t5-small").short({"encoder.n_layers": 4, "embedding.vocab_size": 99})
+        {'encoder.n_layers': 4, 'vocab_size': 99}
+        """
+        short: dict[str, Any] = {}
+        for path, value in changes.items():
+            leaf = path.rpartition(".")[2]
+            known = leaf in ALIASES and path in self.paths(leaf)
+            same = known and all(each in changes and changes[each] == value for each in self.paths(leaf))
+            short[leaf if same else path] = value
+        return short
+
     def _at(self, path: str) -> Any:
         value: Any = self
         for key in path.split("."):

@@ -14,6 +14,7 @@ import difflib
 import functools
 import math
 import numbers
+import re
 import types
 import typing
 from collections.abc import Hashable, Iterable, Mapping
@@ -138,6 +139,7 @@ def plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else _as_python(value)
 
 
+_DIGITS = re.compile(r"[+-]?[0-9]{1,40}")
 _EXPECTED = {
     int: "a whole number",
     float: "a number",
@@ -183,6 +185,8 @@ def _tuple_of(value: Any, hint: Any) -> tuple[Any, ...] | None:
     if not isinstance(value, (list, tuple)):
         return None
     if typing.get_origin(inner) is not tuple:
+        if inner is int and all(isinstance(each, str) and _DIGITS.fullmatch(each) for each in value):
+            value = [int(each) for each in value]  # a command line's list is one of words
         return tuple(value) if all(type(each) is inner for each in value) else None
     parts = [_tuple_of(each, inner) for each in value]
     return None if None in parts else tuple(parts)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -36,6 +37,24 @@ def test_the_last_line_is_the_command_that_answers_everything(cli: Cli) -> None:
     last = cli("plan", "t5-large", "d_model=512").out.splitlines()[-1]
     assert last == "lathe plan t5-large d_model=512 n_heads=8 d_ff=2048"
     assert "Proposed" not in cli(*last.split()[1:]).out
+
+
+def test_the_command_has_the_options_and_can_be_pasted(cli: Cli, tmp_path: Path) -> None:
+    options = ["--tokens", "40M", "--batch", "2", "--flops-per-second", "100G"]
+    last = cli("plan", "gpt2", "d_model=512", *options).out.splitlines()[-1]
+    assert last == "lathe plan gpt2 d_model=512 n_heads=8 d_ff=2048 --tokens 40M --batch 2 --flops-per-second 100G"
+    place = tmp_path / "two words.json"
+    place.write_text(preset("gpt2").to_json(), encoding="utf-8")
+    last = cli("plan", place, "d_model=512", "tokens.eos=[1,2]").out.splitlines()[-1]
+    assert shlex.split(last) == [
+        "lathe",
+        "plan",
+        str(place),
+        "d_model=512",
+        "tokens.eos=[1,2]",
+        "n_heads=8",
+        "d_ff=2048",
+    ]
 
 
 def test_json_is_one_object_with_both_sides(cli: Cli) -> None:

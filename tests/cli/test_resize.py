@@ -363,6 +363,10 @@ def test_models_are_compared_on_the_same_text(cli: Callable, here: Path):
     assert "small" in answer["frontier"]
     assert Path("side/frontier.png").read_bytes().startswith(b"\x89PNG")
     assert "held.txt" in Path("side/compare.html").read_text(encoding="utf-8")
+    settings = json.loads(Path("small/tokenizer_config.json").read_text(encoding="utf-8"))
+    Path("small/tokenizer_config.json").write_text(json.dumps({**settings, "a note": "of no use"}), encoding="utf-8")
+    same = json.loads(cli("compare", "gpt2", "small", "--data", "held.txt", "--device", "cpu", "--json").out)
+    assert (same["measure"], same["note"]) == ("loss", "")
     other = cli("compare", "gpt2", "t5", "--data", "held.txt", "--device", "cpu")
     assert other.code == 0, other.err
     assert "do not compare" in other.out

@@ -190,6 +190,19 @@ def test_what_is_proposed_leaves_nothing_to_propose(name: str, changes: dict[str
     assert second.after.architecture.d_model == changes["d_model"]
 
 
+def test_what_was_set_by_hand_is_not_to_be_undone() -> None:
+    made = plan("bert-base-uncased", {"encoder.positions.kind": "rotary"})
+    assert made.proposal == {}
+    assert "own form" in _about(made, "format")
+
+
+def test_what_a_format_wants_of_a_record_is_named_field_by_field() -> None:
+    rotary = preset("bert-base-uncased").with_({"encoder.positions.kind": "rotary"})
+    made = plan(rotary, d_model=384, d_ff=1536, n_heads=6)
+    assert made.proposal == {"encoder.positions.kind": "learned"}
+    assert "With encoder.positions.kind=learned it can." in _about(made, "format")
+
+
 @settings(max_examples=60)
 @given(architectures(), st.sampled_from([None, *MODULES]))
 def test_every_architecture_of_any_family_can_be_planned_and_cut(

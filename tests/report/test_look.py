@@ -103,6 +103,14 @@ def test_pieces_that_no_font_writes_are_named_and_drawn_as_their_places(tokenize
     assert _labels(["fox", *private], private) == ["fox", "·1·"]
 
 
+def test_dollars_are_drawn_as_they_are(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    found = look(small("bert-base-uncased", tokenizer), tokenizer, TEXT)
+    for each, piece in zip(found["tokens"]["encoder"], ("$$", r"$\frac$", "_$_")):
+        each["piece"] = piece
+    assert write_png(found, tmp_path / "a.png") == []
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_font_that_has_what_the_usual_one_lacks_is_taken() -> None:
     from matplotlib import font_manager
 

@@ -119,6 +119,11 @@ def test_a_budget_that_cannot_be_is_one_line(words, line: str):
     assert "\n" not in str(error.value)
 
 
+def _field(word: str) -> tuple[str, int]:
+    name, _, size = word.partition("=")
+    return name, int(size)
+
+
 @pytest.mark.parametrize("preset", ["gpt2", "t5-small"])
 def test_the_plan_meets_the_budget_and_is_the_best_of_all_that_was_measured(preset: str):
     source = lathe.preset(preset).with_({**TINY, **NO_IDS, "n_layers": 3, "tokens.decoder_start": 0})
@@ -141,6 +146,8 @@ def test_the_plan_meets_the_budget_and_is_the_best_of_all_that_was_measured(pres
     assert len(tried) <= 1 + 2 * len(plan.rows) + 3
     assert sum(row.saved for row in plan.rows) == plan.before - plan.after
     assert plan_budget(model, RowsProbe(model, batches), settings).to_dict() == plan.to_dict()
+    assert source.with_(dict(_field(word) for word in plan.written.split())) == source.with_(plan.changes)
+    assert plan.written in str(plan)
     assert "Best single axis" in str(plan) or "No single axis" in str(plan)
 
 

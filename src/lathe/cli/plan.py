@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 
 def command(
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Argument(
@@ -42,7 +44,7 @@ def command(
     from lathe.cli.output import emit_json, write
     from lathe.cli.settings import parse_settings
     from lathe.planner import plan
-    from lathe.planner.quantities import written
+    from lathe.planner.quantities import typed
     from lathe.planner.text import render
 
     changes: dict[str, Any] = dict(parse_settings(settings or []))
@@ -62,7 +64,18 @@ def command(
         return
     write(f"{model}\n{render(found)}")
     if found.proposal:
-        write(f"\nlathe plan {model} {written({**head, **changes, **found.proposal})}")
+        words = [f"{name}={typed(value)}" for name, value in {**head, **changes, **found.proposal}.items()]
+        write(f"\n{shlex.join(['lathe', 'plan', model, *words, *_options(context)])}")
+
+
+def _options(context: typer.Context) -> list[str]:
+    """The options that were given, as they are typed."""
+    words: list[str] = []
+    for name in ("tokens", "batch", "length", "optimizer", "flops_per_second"):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            words += [f"--{name.replace('_', '-')}", str(context.params[name])]
+    return words
 
 
 def _architecture(model: str, head: str | None) -> Architecture:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lathe.architecture import ALIASES, Architecture, Stack
+from lathe.architecture import Architecture, Stack
 from lathe.blueprint import stored
 from lathe.errors import RequestError
 from lathe.families import objections
@@ -65,7 +65,10 @@ class _Change:
         yield from ((name, old[name], stack) for name, stack in self.new.stacks if name in old)
 
     def set_by_hand(self, path: str) -> bool:
-        return any(path == given or path.startswith(f"{given}.") for given in self.given)
+        """Whether the field was set, or one in it, or one that it is in."""
+        return any(
+            path == given or path.startswith(f"{given}.") or given.startswith(f"{path}.") for given in self.given
+        )
 
 
 def consequences(before: Costs, after: Costs, given: Mapping[str, Any]) -> list[Consequence]:
@@ -111,7 +114,7 @@ def _format(change: _Change, adjusted: Mapping[str, Any]) -> Iterator[Consequenc
     elif not _can_be(change.new, {**adjusted, **fixes}):
         yield Consequence("format", f"{text} It saves in Lathe's own form (lathe.json).")
     else:
-        fixes = _short(change.new, fixes)
+        fixes = change.new.short(_leaves(change.new, fixes))
         yield Consequence("format", f"{text} With {written(fixes)} it can.", fixes)
 
 
@@ -143,7 +146,7 @@ def _heads(change: _Change) -> Iterator[Consequence]:
             wanted |= fixed
     wanted = {path: value for path, value in wanted.items() if _at(change.new, path) != value}
     if wanted:
-        changes = _short(change.new, wanted)
+        changes = change.new.short(wanted)
         yield Consequence("heads", f"{said} {written(changes)} keeps the proportion.", changes)
 
 
@@ -163,7 +166,7 @@ def _feed_forward(change: _Change) -> Iterator[Consequence]:
             wanted[path] = _rounded(ratio * change.new.d_model)
     wanted = {path: value for path, value in wanted.items() if _at(change.new, path) != value}
     if wanted:
-        changes = _short(change.new, wanted)
+        changes = change.new.short(wanted)
         yield Consequence("feed_forward", f"{said} {written(changes)} keeps the proportion.", changes)
     elif said:
         yield Consequence("feed_forward", said)
@@ -372,12 +375,15 @@ def _at(architecture: Architecture, path: str) -> Any:
     return value
 
 
-def _short(architecture: Architecture, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The same changes under short names, where one value serves every stack."""
-    short: dict[str, Any] = {}
+def _leaves(architecture: Architecture, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The same changes with no more than one value each, so that they can be typed."""
+    leaves: dict[str, Any] = {}
     for path, value in changes.items():
-        leaf = path.rpartition(".")[2]
-        known = leaf in ALIASES and path in architecture.paths(leaf)
-        same = known and all(each in changes and changes[each] == value for each in architecture.paths(leaf))
-        short[leaf if same else path] = value
-    return short
+        if isinstance(value, Mapping):
+            parts = {
+                f"{path}.{name}": part for name, part in value.items() if _at(architecture, f"{path}.{name}") != part
+            }
+            leaves |= _leaves(architecture, parts)
+        else:
+            leaves[path] = value
+    return leaves

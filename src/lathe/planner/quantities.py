@@ -73,10 +73,13 @@ def _digits(value: float) -> str:
 
 def written(changes: Mapping[str, Any]) -> str:
     """Fields as the command line takes them: `n_heads=8 d_ff=2048`."""
-    return " ".join(f"{name}={_word(value)}" for name, value in changes.items())
+    return " ".join(f"{name}={typed(value)}" for name, value in changes.items())
 
 
-def _word(value: Any) -> str:
+def typed(value: Any) -> str:
+    """A field's value as the command line takes it."""
     if value is None:
         return "none"
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(typed, value))}]"
     return str(value).lower() if isinstance(value, bool) else str(value)

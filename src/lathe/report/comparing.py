@@ -24,7 +24,8 @@ from lathe.reshape.job import Reporter, Silent
 from lathe.reshape.measure import Quality, parameters_of, quality, speeds, weight_bytes
 from lathe.reshape.outcome import finite
 from lathe.reshape.source import Source, open_source
-from lathe.reshape.text import Text, TextSettings, lay, read_documents
+from lathe.reshape.text import Documents, Text, TextSettings, lay, read_documents
+from lathe.text.tokenizer import Tokenizer
 from lathe.train.machine import pick_device
 
 _HEADER = ("model", "parameters", "weights", "loss", "perplexity", "bits/byte", "tokens/s")
@@ -38,7 +39,7 @@ class Row:
         loss: nats a target.
         bits_per_byte: of a causal model.
         objective: what it predicts.
-        tokenizer: the first digits of a digest of its tokenizer's files.
+        tokenizer: the first digits of a digest of the ids that its tokenizer makes of the text.
     """
 
     name: str
@@ -124,18 +125,15 @@ def compare(
         found[each.name] = measured
         say(f"{each.name}: loss {measured.loss:.4f}")
     speed = speeds({each.name: (each.model, texts[each.name].batches) for each in opened})
-    rows = tuple(_row(each, found[each.name], speed[each.name], texts[each.name]) for each in opened)
+    rows = tuple(_row(each, found[each.name], speed[each.name], texts[each.name], documents) for each in opened)
     measure, note = _judged(rows)
     return Comparison(rows, data.file, len(documents.texts), documents.digest, measure, note)
 
 
-def _row(source: Source, found: Quality, speed: float, text: Text) -> Row:
+def _row(source: Source, found: Quality, speed: float, text: Text, documents: Documents) -> Row:
     assert text.objective is not None
     assert source.tokenizer is not None
     assert source.directory is not None
-    files = hashlib.sha256()
-    for content in sorted(source.tokenizer.files.values()):
-        files.update(content)
     return Row(
         source.name,
         parameters_of(source.model),
@@ -145,8 +143,17 @@ def _row(source: Source, found: Quality, speed: float, text: Text) -> Row:
         found.bits_per_byte,
         speed,
         text.objective.name,
-        files.hexdigest()[:12],
+        _spelling(source.tokenizer, documents),
     )
+
+
+def _spelling(tokenizer: Tokenizer, documents: Documents) -> str:
+    """A digest of the ids that a tokenizer makes of the text; its files may differ in what makes no difference here."""
+    ids = hashlib.sha256()
+    for side in (documents.texts, documents.targets or ()):
+        for row in tokenizer.encode_batch(list(side)):
+            ids.update(f"{row}\n".encode())
+    return ids.hexdigest()[:12]
 
 
 def _judged(rows: Sequence[Row]) -> tuple[str, str]:

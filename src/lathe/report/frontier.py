@@ -10,8 +10,10 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
+
+from lathe.report.labels import as_written, short, told_apart
 
 _COLOURS = ("#2f6fab", "#c8553d", "#4a8f55", "#8a5fa8", "#b8860b", "#5c6b73")
 _SHAPES = ("o", "s", "^", "D", "v", "P", "X")
@@ -72,14 +74,14 @@ def _drawn(points: Sequence[Point], y: str, in_order: bool, form: str) -> Any:
         axes = figure.add_subplot()
         line = list(points) if in_order else best(points)
         axes.plot([p.parameters for p in line], [p.loss for p in line], color="#999", linewidth=1.2, zorder=1)
-        for number, point in enumerate(points):
+        for number, (point, label) in enumerate(zip(points, _labels(points, in_order))):
             axes.scatter(
                 [point.parameters],
                 [point.loss],
                 color=_COLOURS[number % len(_COLOURS)],
                 marker=_SHAPES[number % len(_SHAPES)],
                 s=60,
-                label=_label(point.name),
+                label=as_written(label),
                 zorder=2,
             )
         axes.set_xlabel("parameters")
@@ -100,7 +102,8 @@ def _short(value: float) -> str:
     return f"{value:.0f}"
 
 
-def _label(name: str) -> str:
-    """The name without what stands in brackets at its end, and no longer than the legend has room for."""
-    name = name.split(" (")[0]
-    return name if len(name) <= _NAME else name[: _NAME - 1] + "…"
+def _labels(points: Sequence[Point], in_order: bool) -> list[str]:
+    """Steps without what stands in brackets at their ends; models by what tells their paths apart."""
+    if in_order:
+        return short([point.name.split(" (")[0] for point in points], _NAME)
+    return short(told_apart([PurePath(point.name) for point in points]), _NAME)

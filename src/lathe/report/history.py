@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lathe.errors import LatheError, RequestError
+from lathe.report.labels import told_apart
 
 METRICS, SPEED, RUN = "metrics.jsonl", "speed.jsonl", "run.json"
 _NUMBERS = ("step", "loss", "lr", "gradient_norm", "tokens")
@@ -99,7 +100,7 @@ def read_runs(folders: Sequence[Path]) -> list[History]:
     for number, place in enumerate(places):
         if place in places[:number]:
             raise RequestError(f"{folders[number]} is named twice; name each run once")
-    return [read_run(folder, name) for folder, name in zip(folders, _names(places), strict=True)]
+    return [read_run(folder, name) for folder, name in zip(folders, told_apart(places), strict=True)]
 
 
 def read_run(folder: Path, name: str | None = None) -> History:
@@ -142,14 +143,6 @@ def smooth(values: Sequence[float], reach: int) -> list[float]:
     n = len(values)
     bounds = ((max(0, at - reach), min(n, at + reach + 1)) for at in range(n))
     return [(sums[end] - sums[start]) / (end - start) for start, end in bounds]
-
-
-def _names(places: list[Path]) -> list[str]:
-    for length in range(1, max(len(place.parts) for place in places) + 1):
-        names = ["/".join(place.parts[-length:]) for place in places]
-        if len(set(names)) == len(names):
-            return names
-    return [str(place) for place in places]
 
 
 def _lines(path: Path, numbers: Sequence[str]) -> tuple[list[dict[str, Any]], str | None]:

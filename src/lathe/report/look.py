@@ -23,6 +23,7 @@ from lathe.generate import generate
 from lathe.generate.text import is_empty
 from lathe.model.attention import AttentionLayer
 from lathe.model.transformer import Transformer
+from lathe.report.labels import as_written
 from lathe.text.tokenizer import Tokenizer
 
 _SHADES = " ·░▒▓█"
@@ -306,4 +307,4 @@ def _fonts(pieces: list[str]) -> tuple[list[str], list[str]]:
 
 def _labels(pieces: list[str], unwritten: list[str]) -> list[str]:
     """The pieces, or the place of one that cannot be written, between dots so that it is no piece of digits."""
-    return [f"·{place}·" if each in unwritten else each for place, each in enumerate(pieces)]
+    return [f"·{place}·" if each in unwritten else as_written(each) for place, each in enumerate(pieces)]

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lathe.report.labels import as_written
+
 _COLOURS = ("#2f6fab", "#c8553d", "#4a8f55", "#8a5fa8", "#b8860b", "#5c6b73")
 _DASHES = ("-", "--", ":", "-.")  # from the seventh line on, the colours come again with the next of these
 _MOST_POINTS = 800
@@ -91,7 +93,7 @@ def write_png(panels: Sequence[Panel], path: Path, *, title: str) -> None:
         figure = Figure(figsize=(13, 4.6 + 3.2 * rows), layout="constrained")
         FigureCanvasAgg(figure)
         grid = figure.add_gridspec(1 + rows, columns, height_ratios=[4.2, *[3.0] * rows])
-        figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+        figure.suptitle(as_written(title), x=0.01, ha="left", fontweight="bold")
         for number, each in enumerate(panels):
             place = grid[0, :] if number == 0 else grid[1 + (number - 1) // columns, (number - 1) % columns]
             axes = figure.add_subplot(place)
@@ -118,9 +120,11 @@ def curves(
     figure, axes = _figure(7.5, 3.6)
     for number, (label, (xs, ys)) in enumerate(series.items()):
         look = _look(number)
-        axes.plot(xs, ys, label=label, **look, linewidth=1.8, marker="o" if len(xs) < 20 else None, markersize=4)
+        axes.plot(
+            xs, ys, label=as_written(label), **look, linewidth=1.8, marker="o" if len(xs) < 20 else None, markersize=4
+        )
     for (label, height), colour in zip((levels or {}).items(), reversed(_COLOURS), strict=False):
-        axes.axhline(height, label=label, color=colour, linestyle="--", linewidth=1.2)
+        axes.axhline(height, label=as_written(label), color=colour, linestyle="--", linewidth=1.2)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.legend(frameon=False)
@@ -133,7 +137,7 @@ def bars(values: Mapping[str, float], *, y: str, digits: int = 3) -> str:
     heights = list(values.values())
     drawn = axes.bar(range(len(values)), heights, color=_COLOURS[: len(values)], width=0.6)
     axes.bar_label(drawn, labels=[f"{height:,.{digits}f}" for height in heights], padding=3)
-    axes.set_xticks(range(len(values)), list(values))
+    axes.set_xticks(range(len(values)), [as_written(label) for label in values])
     axes.margins(y=0.15)
     axes.set_ylabel(y)
     axes.grid(visible=False, axis="x")
@@ -152,7 +156,7 @@ def _draw(axes: Any, drawn: Panel) -> None:
             look |= {"linewidth": 1.1}
         elif line.kind == "points":
             look |= {"marker": "o", "markersize": 4 if len(xs) < 60 else 2, "linewidth": 1.2, "zorder": 4}
-        axes.plot(xs, ys, label=line.label, **look)
+        axes.plot(xs, ys, label=None if line.label is None else as_written(line.label), **look)
     labelled: set[str] = set()
     for mark in drawn.marks:
         axes.plot(
@@ -165,7 +169,7 @@ def _draw(axes: Any, drawn: Panel) -> None:
             markeredgecolor="black",
             markeredgewidth=0.7,
             zorder=5,
-            label=None if mark.label in labelled else mark.label,
+            label=None if mark.label in labelled else as_written(mark.label),
         )
         labelled.add(mark.label)
     axes.set_xlabel(drawn.x)

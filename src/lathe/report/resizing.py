@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lathe._version import __version__
+from lathe.planner.quantities import typed
 from lathe.report.card import header, reload_sentences, table
 from lathe.report.frontier import Point, frontier_svg
 from lathe.report.html import Page
@@ -193,7 +195,7 @@ def _title(outcome: Outcome) -> str:
 
 def _summary(outcome: Outcome) -> str:
     source, result = outcome.source, outcome.result
-    sizes = ", ".join(f"{name}={_word(value)}" for name, value in outcome.changes.items())
+    sizes = ", ".join(f"{name}={typed(value)}" for name, value in outcome.changes.items())
     text = (
         f"{source.name} with {sizes}: {result.parameters:,} parameters "
         f"({result.parameters / source.parameters:.0%} of the source's {source.parameters:,})"
@@ -208,13 +210,6 @@ def _summary(outcome: Outcome) -> str:
     form = f"stock {outcome.family} files" if outcome.family else "Lathe's own form"
     note = "" if outcome.is_comparable else f" {_OTHER_TOKENS}"
     return f"{text}. Saved as {form}.{note}"
-
-
-def _word(value: Any) -> str:
-    """A value as it is typed."""
-    if isinstance(value, list):
-        return f"[{','.join(map(str, value))}]"
-    return "none" if value is None else str(value)
 
 
 def _points(outcome: Outcome) -> tuple[list[Point], str]:
@@ -291,7 +286,7 @@ def _replay(recipe: Recipe) -> str:
     healed: Mapping[str, Any] | None = next((stage["heal"] for stage in recipe.stages if "heal" in stage), None)
     if healed is not None:
         words += ["--heal", str(healed["file"])]
-    return " ".join(words)
+    return shlex.join(words)
 
 
 def _number(found: Quality | None, read: Any, digits: int = 4) -> str:

@@ -25,6 +25,7 @@ import torch
 from lathe.architecture import Architecture
 from lathe.errors import LatheError, RequestError
 from lathe.model.transformer import Transformer
+from lathe.planner.quantities import written
 from lathe.reshape.budget_axes import Axis, Terms, offered, smallest
 from lathe.reshape.budget_cost import BudgetSettings, Cost, LatencyCost, cost_of
 from lathe.reshape.budget_plan import Alone, BudgetPlan, Row
@@ -140,7 +141,7 @@ class _Planning:
             raise RequestError(f"{name}={text(self.limit)}: nothing can be cut ({reasons})")
         lowest = self.cost.of(made)
         if lowest > self.limit:
-            sizes = ", ".join(f"{field.rpartition('.')[2]}={size}" for field, size in least.items())
+            sizes = ", ".join(f"{field}={size}" for field, size in self.source.short(least).items())
             exact = f"{lowest:,.0f} {self.cost.unit}" if self.cost.measured == "" else text(lowest)
             raise RequestError(f"{name}={text(self.limit)}: the least possible is {exact} ({sizes}); ask for more")
 
@@ -266,6 +267,7 @@ class _Planning:
         final = {repr(t.sizes): t for t in ranked}
         alone = {field: final.get(repr(t.sizes), t) for field, t in self.alone.items()}
         labels = {axis.field: axis.label for axis in self.axes}
+        changes = {**dict(self.terms.fixed), **best.sizes}
         return BudgetPlan(
             unit=self.cost.unit,
             limit=self.limit,
@@ -273,7 +275,8 @@ class _Planning:
             after=self.cost.of(best.architecture),
             loss_before=self.start,
             loss=best.loss,
-            changes={**dict(self.terms.fixed), **best.sizes},
+            changes=changes,
+            written=written(self.source.short(changes)),
             rows=tuple(self._rows(best)),
             alone=tuple(
                 Alone(labels[field], field, t.sizes[field], self.cost.of(t.architecture), t.loss)

@@ -44,6 +44,7 @@ class BudgetPlan:
 
     Args:
         changes: the sizes, as `Architecture.with_` takes them.
+        written: the same as they are typed, under short names where these set nothing else.
         limit, before, after: the budget, and what the model takes, in `unit`.
         loss_before, loss: on held-out text, nats a token of the source's tokenizer.
         rows: every axis that could be cut.
@@ -61,6 +62,7 @@ class BudgetPlan:
     loss_before: float
     loss: float
     changes: dict[str, Any]
+    written: str
     rows: tuple[Row, ...]
     alone: tuple[Alone, ...]
     without: dict[str, str]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lathe.planner.quantities import bytes_text, count_text
+from lathe.planner.quantities import bytes_text, count_text, written
 
 PLAN = ("axis", "from", "to", "saved", "loss with this cut alone", "price of a deep cut")
 ALONE = ("axis", "size", "takes", "loss", "change")
@@ -48,9 +48,13 @@ def alone_cells(plan: Mapping[str, Any]) -> list[tuple[str, ...]]:
         (e["label"], f"{e['size']:,}", amount(plan, e["cost"]), f"{e['loss']:.4f}", f"{e['loss'] - before:+.4f}")
         for e in ranked
     ]
-    cut = ", ".join(f"{name.rpartition('.')[2]}={size}" for name, size in plan["changes"].items())
     change = f"{plan['loss'] - before:+.4f}"
-    return [*rows, ("the plan", cut, amount(plan, plan["after"]), f"{plan['loss']:.4f}", change)]
+    return [*rows, ("the plan", _typed(plan), amount(plan, plan["after"]), f"{plan['loss']:.4f}", change)]
+
+
+def _typed(plan: Mapping[str, Any]) -> str:
+    """The sizes as they are typed; an older recipe holds them by their whole paths alone."""
+    return str(plan.get("written") or written(plan["changes"]))
 
 
 def sentences(plan: Mapping[str, Any]) -> list[str]:
