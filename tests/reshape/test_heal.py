@@ -193,6 +193,10 @@ def test_the_stages_of_a_healing_are_the_whole_of_it():
     assert [part.tokens for part in HealSettings(file="x", tokens=1001).parts(2)] == [500, 501]
     assert [part.steps for part in HealSettings(file="x").parts(2)] == [100, 100]
     assert [(part.steps, part.stages) for part in HealSettings(file="x", steps=1).parts(2)] == [(1, 1), (1, 1)]
+    assert [part.text.tokens for part in HealSettings(file="x", tokens=1001).parts(2)] == [1001, 1001]
+    assert [part.whole for part in HealSettings(file="x").parts(1)] == [None]
+    with pytest.raises(RequestError, match=r"whole=999: expected the 1000 tokens of this stage or more"):
+        HealSettings(file="x", tokens=1000, whole=999)
 
 
 @pytest.mark.parametrize(
@@ -284,6 +288,23 @@ def test_the_end_that_few_documents_are_measured_on_is_healed_on_by_none(
     assert len(healing.texts) == number
     assert not any(apart.texts[0] in text for text in healing.texts)
     assert {text.strip() for text in healing.texts} == set(used.texts)
+
+
+@pytest.mark.parametrize("prefix", ["say: ", "tell: ", ""])
+def test_pairs_that_are_measured_on_are_healed_on_with_no_other_prefix(
+    parent: tuple[lathe.Model, Path], tmp_path: Path, prefix: str
+):
+    model, file = parent
+    assert model.tokenizer is not None
+    lines = file.read_text(encoding="utf-8").splitlines()
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [json.dumps({"ask": line[:40], "answer": line[40:]}) for line in lines]
+    pairs.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    settings = TextSettings(file=str(pairs), source="ask", target="answer", prefix="say: ")
+    _, apart = read_documents(settings, model.tokenizer, apart=True)
+    healing = healing_text(replace(settings, prefix=prefix), model.tokenizer, apart)
+    assert len(apart.texts) + len(healing.texts) == len(lines)
+    assert not set(apart.targets or ()) & set(healing.targets or ())
 
 
 @pytest.mark.parametrize("more", [10, 150, 100_000])

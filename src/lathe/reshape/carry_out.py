@@ -95,6 +95,7 @@ class Work:
         self.teacher: Transformer = source.model
         self.generation, self.config = source.generation, source.config
         self.relaxed: Transformer | None = None
+        self._read_so_far: dict[str, Any] = {}  # of the text that is healed on
         reading = Reading(job.held, request.data or request.calibrate, request.objective, request.seed, job.apart)
         held = reading.laid(self.model, self.tokenizer)
         before = None if held is None else quality(self.model, held)
@@ -169,7 +170,9 @@ class Work:
         device = torch.device("cpu") if self.job.is_streamed else pick_device(self.job.request.device)
         asked = self.job.request.objective
         batches = endless(documents, settings.text, self.model.architecture, self.tokenizer, asked)
-        times = settings.most_tokens / max(batches.corpus.n_tokens, 1)
+        if settings.whole is not None and self._read_so_far.get("data") == batches.state_dict()["data"]:
+            batches.load_state_dict(self._read_so_far)  # the stage before it stopped there
+        times = settings.text.tokens / max(batches.corpus.n_tokens, 1)
         if times >= _MANY_TIMES:
             self.reporter.say(
                 f"{settings.file} holds {batches.corpus.n_tokens:,} tokens and is read up to {times:.0f} times: more "
@@ -198,6 +201,7 @@ class Work:
                 asked={"cut": _asked_of(self.history.recipe)},
                 on_step=on_step,
             )
+        self._read_so_far = batches.state_dict()
         self.model = model.to("cpu")
         self.history.curves[title] = done.curve
         self._measure(self.model, self.tokenizer, [healed_step(done)], heals=True)

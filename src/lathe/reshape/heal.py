@@ -68,6 +68,7 @@ class HealSettings(Spec):
     dropout: float = share(0.0)
     seed: int = size(2**32 - 1, least=0, default=0)
     stages: int | None = size(2, default=None)  # two where more than half of an axis goes, else one
+    whole: int | None = size(2**60, default=None)  # a stage's: how many tokens all stages read, one after the other
     save_every: int = size(2**40, default=100)  # steps
     source: str | None = None  # of pairs: the column that is read
     target: str | None = None  # and the column that is written
@@ -81,6 +82,8 @@ class HealSettings(Spec):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise RequestError(f"{name}={value}: expected more than 0")
+        if self.whole is not None and self.whole < self.most_tokens:
+            raise RequestError(f"whole={self.whole}: expected the {self.most_tokens} tokens of this stage or more")
         if self.hidden < 0:
             raise RequestError(f"hidden={self.hidden}: expected 0 or more")
 
@@ -91,7 +94,7 @@ class HealSettings(Spec):
             file=self.file,
             field=self.field,
             format=self.format,
-            tokens=self.most_tokens,
+            tokens=self.whole or self.most_tokens,
             length=self.length,
             rows=self.rows,
             seed=self.seed,
@@ -116,9 +119,13 @@ class HealSettings(Spec):
         return self.rows * (self.length or 256) * self.accumulate
 
     def parts(self, count: int) -> list[HealSettings]:
-        """As many stages, as equal as they can be: together they are the whole."""
+        """As many stages, as equal as they can be: together they are the whole, and so is the text that they read."""
+        whole = self.most_tokens if count > 1 else None
         steps, tokens = _divided(self.most_steps, count), _divided(self.tokens, count)
-        return [replace(self, steps=one, tokens=other, stages=1) for one, other in zip(steps, tokens, strict=True)]
+        return [
+            replace(self, steps=one, tokens=other, stages=1, whole=whole)
+            for one, other in zip(steps, tokens, strict=True)
+        ]
 
     def training(self) -> TrainSettings:
         """The loop's settings: a short warm-up, a cosine down to nothing."""

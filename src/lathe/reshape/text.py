@@ -101,12 +101,14 @@ class Documents:
         digest: the SHA-256 of them all.
         targets: of pairs.
         after: what stands before it and a space, where this is one text and a piece of a longer one (`_split`).
+        prefix: of pairs, what each source begins with that the file does not hold.
     """
 
     texts: tuple[str, ...]
     digest: str
     targets: tuple[str, ...] | None = None
     after: str | None = None
+    prefix: str = ""
 
     @classmethod
     def of(cls, texts: Iterable[str], targets: Iterable[str] | None = None) -> Documents:
@@ -207,19 +209,25 @@ def read_documents(settings: TextSettings, tokenizer: Tokenizer, *, apart: bool)
         used, held = used[:-1] or used, used[1:][-1:]
     elif apart and used and not held:
         used, held, after = _split(used)
-    return Documents.of_records(used, pairs=pairs), replace(Documents.of_records(held, pairs=pairs), after=after)
+    kept_apart = replace(Documents.of_records(held, pairs=pairs), after=after, prefix=settings.prefix)
+    return Documents.of_records(used, pairs=pairs), kept_apart
 
 
 def healing_text(settings: TextSettings, tokenizer: Tokenizer, apart: Documents | None) -> Documents:
-    """What is healed on: nothing of what was kept apart to measure on."""
+    """What is healed on: nothing of what was kept apart to measure on, whatever stands before a pair's source."""
     documents, _ = read_documents(settings, tokenizer, apart=False)
     if apart is None:
         return documents
-    held = set(apart.records)
-    kept = [record for record in documents.records if record not in held]
+    held = {_as_filed(record, apart.prefix) for record in apart.records}
+    kept = [record for record in documents.records if _as_filed(record, settings.prefix) not in held]
     if apart.after is not None and documents.targets is None:  # half of a pair is none
         kept = [(part,) for (text,) in kept for part in _around(text, apart.after, apart.texts[0])]
     return Documents.of_records(kept, pairs=documents.targets is not None)
+
+
+def _as_filed(record: Record, prefix: str) -> Record:
+    first, *rest = record
+    return (first.removeprefix(prefix), *rest)
 
 
 def _around(text: str, before: str, end: str) -> list[str]:

@@ -140,6 +140,10 @@ def _opened(request: RunSettings, ranks: Ranks, device: str) -> Job:
     text = validation_corpus(data, subject.tokenizer, made)
     if text is not None:
         fixed = Batches(text, made, length=data.length, rows=data.rows, seed=data.seed)
+        try:
+            fixed.fit(subject.model.architecture)
+        except RequestError as error:  # now, and not at the first evaluation
+            raise RequestError(f"data.validation: {error}") from None
         held_out = fixed.one_pass(data.validation_batches)
     return Job(request, subject, batches, held_out, ranks, _adapt(request, subject))
 

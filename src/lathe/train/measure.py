@@ -151,7 +151,7 @@ def _generation(subject: Subject, made: Seq2Seq, corpus: Corpus, asked: Mapping[
     """What the texts are written with: greedily and with room for each target, unless something else is asked."""
     stored, architecture = subject.generation, subject.model.architecture
     off = _left_out(stored, {name: value for name, value in turned_off(stored).items() if name not in asked})
-    settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, **off, **asked}
+    settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, **off, **asked}
     if settings["do_sample"]:
         settings.setdefault("seed", 0)
     # A length that is stored with the model was made for other texts, and would cut these off.
