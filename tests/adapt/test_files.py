@@ -260,3 +260,20 @@ def test_a_destination_that_exists_is_refused(folder: Path) -> None:
     assert (folder / "adapter_config.json").read_text() == before
     save_adapter(ours, folder, replace=True)
     assert (folder / "adapter_config.json").read_text() != before
+
+
+@pytest.mark.parametrize("more", [{}, {"save_embedding_layers": True}], ids=["auto", "tables too"])
+def test_a_copy_of_the_bases_own_head_is_passed_over(more: dict[str, Any], tmp_path: Path) -> None:
+    base = stock("llama")
+    theirs = adapted(base, ["q_proj", "lm_head"])
+    theirs.save_pretrained(tmp_path / "theirs", **more)
+    assert any("base_layer" in name for name in load_file(tmp_path / "theirs/adapter_model.safetensors"))
+    ours = lathe.load(base)
+    load_adapter(ours, tmp_path / "theirs")
+    close(logits(ours), logits(theirs))
+    other = lathe.load(base)
+    with torch.no_grad():
+        other.get_parameter("head.language.output.weight").add_(1.0)
+    with pytest.raises(RequestError, match="give the base that it was trained on"):
+        load_adapter(other, tmp_path / "theirs")
+    assert adapter_names(other) == ()

@@ -43,3 +43,15 @@ def test_a_column_that_is_not_there_is_named(cli: Callable, tmp_path: Path):
     assert "no column 'ko'" in ran.err
     assert ran.err.count("\n") == 1
     assert not (tmp_path / "tok").exists()
+
+
+def test_records_are_not_taken_for_text_and_text_has_no_columns(cli: Callable, tmp_path: Path):
+    (tmp_path / "a.json").write_text(json.dumps({"text": "a lathe"}) + "\n", encoding="utf-8")
+    (tmp_path / "a.txt").write_text("a lathe\n", encoding="utf-8")
+    for words, line in (
+        (["--from", tmp_path / "a.json"], "what kind of file is .json? expected"),
+        (["--from", tmp_path / "a.txt", "--column", "ko"], "a.txt is plain text and has no columns"),
+    ):
+        ran = cli("tokenizer", tmp_path / "tok", *words, *SIZE)
+        assert (ran.code, line in ran.err) == (2, True)
+        assert not (tmp_path / "tok").exists()

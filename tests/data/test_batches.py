@@ -47,6 +47,19 @@ def same(one: Batch, other: Batch) -> bool:
     )
 
 
+@pytest.mark.parametrize("bos", [None, 5])
+def test_a_document_of_several_pieces_ends_once(bos: int | None):
+    special = SpecialTokens(vocab_size=VOCAB, pad=0, eos=1, bos=bos)
+    lengths = (130, 9, 150, 31)
+    several = Corpus.of(VOCAB, text=[np.arange(length) % 40 + 7 for length in lengths])
+    made = Batches(several, Causal(special=special), length=32, rows=4)
+    assert made.pieces.n_documents == len(lengths) < len(made.pieces)
+    ids, labels = (torch.cat([b.inputs[key].flatten() for b in made.one_pass()]) for key in ("input_ids", "labels"))
+    assert int((labels == 1).sum()) == len(lengths)
+    assert int(((ids > 5) & (ids < 60)).sum()) == sum(lengths)  # and no token is lost
+    assert int((ids == 5).sum()) == (0 if bos is None else len(made.pieces))
+
+
 @pytest.mark.parametrize("shape", ["t5", "bert", "bart", "gpt2", "llama"])
 def test_a_packed_row_gives_each_document_the_logits_that_it_has_alone(shape: str):
     architecture, objective = shapes()[shape]

@@ -58,6 +58,12 @@ def test_numbers_become_text(tmp_path: Path):
     assert list(read(path, fields=BOTH)) == [{"text": "a", "label": "1"}, {"text": "", "label": "1"}]
 
 
+def test_a_cell_of_a_csv_may_be_a_book(tmp_path: Path):
+    book = "word " * 30_000
+    (tmp_path / "a.csv").write_text(f'text,label\n"{book}",1\n', encoding="utf-8")
+    assert list(read(tmp_path / "a.csv")) == [{"text": book}]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_datasets_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool):
     import datasets

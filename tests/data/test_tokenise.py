@@ -42,6 +42,31 @@ def test_breaks_are_where_sentences_end(wordpiece: Tokenizer):
     assert corpus.fields["text"].row(0).tolist() == wordpiece.encode(text, add_special_tokens=False)
 
 
+SENTENCES = "First one here. Second one there!\nThird at last? 첫째 문장이다. 둘째 문장."
+
+
+SIZES = {"bart": 290, "gpt2": 290, "llama": 320, "t5": 405, "albert": 306, "bert": 59}
+
+
+@pytest.mark.parametrize("convention", SIZES)
+def test_breaks_take_nothing_from_the_text(convention: str):
+    tokenizer = train_tokenizer([SENTENCES] * 9, SIZES[convention], convention=convention)
+    corpus = tokenise(tokenizer, [SENTENCES], breaks="sentence")
+    ids = corpus.fields["text"].row(0)
+    assert ids.tolist() == tokenizer.encode(SENTENCES, add_special_tokens=False)
+    assert corpus.breaks is not None
+    ends = corpus.breaks.row(0).tolist()
+    parts = [tokenizer.decode(ids[start:stop].tolist()).strip() for start, stop in zip([0, *ends], ends)]
+    same = SENTENCES.lower() if convention in ("bert", "albert") else SENTENCES
+    plain = [part.replace(" ", "") for part in parts]
+    assert plain == [part.replace(" ", "") for part in segments(same, "sentence")]
+
+
+def test_white_space_has_no_sentence(wordpiece: Tokenizer):
+    corpus = tokenise(train_tokenizer([SENTENCES], 270, convention="gpt2"), [" \n ", "a"], breaks="sentence")
+    assert corpus.fields["text"].row(0).tolist() == []
+
+
 @pytest.mark.parametrize(
     ("kind", "wanted"),
     [

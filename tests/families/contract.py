@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -408,6 +408,24 @@ class FamilyContract:
         assert written["something_of_the_owner"] == 7
         assert written["id2label"] == names
         assert written["label2id"] == came["label2id"]
+
+    @once_per_class
+    def test_other_sizes_are_not_undone_by_the_config_that_it_came_with(self, twin: Twin, tmp_path: Path) -> None:
+        a = twin.architecture
+        grown: dict[str, Any] = {}
+        for name, stack in a.stacks:
+            grown[f"{name}.n_layers"] = 2 * stack.n_layers
+            grown[f"{name}.attention.n_heads"] = 2 * stack.attention.n_heads
+            grown[f"{name}.feed_forward.d_ff"] = stack.feed_forward.d_ff + 8
+        fits = [each for each in ({**grown, "d_model": 2 * a.d_model}, grown) if not objections(a.with_(each))]
+        again = {theirs: twin.config[own] for theirs, own in type(twin.theirs.config).attribute_map.items()}
+        model = lathe.Model(a.with_(fits[0]), seed=1, config={**twin.config, **again})
+        model.save(tmp_path / "out")
+        opened, info = type(twin.theirs).from_pretrained(tmp_path / "out", output_loading_info=True)
+        assert not any(info.values()), info
+        batch = self.inputs(replace(twin, ours=model), "right")
+        with torch.no_grad():
+            self.compare(opened.eval()(**batch), model.eval()(**batch), batch)
 
     # Objects
 

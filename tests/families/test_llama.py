@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -268,3 +269,23 @@ def test_what_cannot_be_computed_is_refused(keys: dict[str, Any], says: str) -> 
         read_config({"model_type": "llama", **keys})
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"decoder.positions.theta": 500.0}, {"decoder.positions.scaling": None}], ids=["theta", "scaling"]
+)
+def test_other_rotary_settings_are_not_undone_by_the_config_that_came_with_them(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16}
+    scaling = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    config = transformers.LlamaConfig(vocab_size=40, rope_parameters=scaling, **sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "stock")
+    came = lathe.load(tmp_path / "stock")
+    model = lathe.Model(came.architecture.with_(changes), came.tensors(), config=came.config)
+    model.save(tmp_path / "out")
+    ids = torch.arange(2, 34)[None]
+    with torch.no_grad():
+        stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits
+        torch.testing.assert_close(model(ids).logits, stock, atol=1e-5, rtol=1e-5)
+        assert float((stock - came(ids).logits).abs().max()) > 1e-3

@@ -16,6 +16,7 @@ from lathe.errors import RequestError
 from lathe.text import Tokenizer
 from lathe.text.bpe import Parts, spell
 from lathe.text.cut import Pieces, cut, cut_pieces
+from lathe.text.grow import grow, spelt
 from lathe.text.spiece import Kind, parse
 from lathe.text.use import use_of
 from tests.text.samples import CORPUS, KOREAN, SENTENCES, trained, vocabulary_files
@@ -203,3 +204,27 @@ def test_a_file_is_read_line_by_line(tmp_path: Path) -> None:
     path.write_text(KOREAN, encoding="utf-8")
     tokenizer = trained("llama")
     assert use_of(tokenizer, path).counts == use_of(tokenizer, KOREAN.splitlines()).counts
+
+
+@pytest.mark.parametrize("convention", ["bert", "llama", "gpt2"])
+def test_words_that_a_user_added_stay(convention: str, tmp_path: Path) -> None:
+    """Added by `add_tokens`, they are normalised before they are looked for."""
+    old = trained(convention)
+    old.save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    document = json.loads(file.read_text(encoding="utf-8"))
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
+    words = ["Neo word", "foobar"]
+    document["added_tokens"] += [
+        {"id": old.vocab_size + number, "content": word, **flags} for number, word in enumerate(words)
+    ]
+    file.write_text(json.dumps(document), encoding="utf-8")
+    added = Tokenizer.load(tmp_path)
+    text = "a Neo word and foobar"
+    assert {old.vocab_size, old.vocab_size + 1} <= set(added.encode(text))
+    made = cut(added, added.encode(text))
+    new = {row[0]: number for number, row in enumerate(made.rows)}
+    assert made.tokenizer.vocab_size < old.vocab_size
+    assert made.tokenizer.encode(text) == [new[number] for number in added.encode(text)]
+    larger = grow(added, spelt(added, ["hippopotamus"]))
+    assert larger.tokenizer.encode(text) == added.encode(text)

@@ -48,10 +48,10 @@ def test_a_new_word_is_one_piece_and_starts_from_those_that_spelt_it(convention:
     old, made = trained(convention, **options), grown(convention, options, "words")
     assert made.rows[: old.vocab_size] == tuple((number,) for number in range(old.vocab_size))
     for word in WORDS:
-        (number,) = made.tokenizer.encode(word, add_special_tokens=False)
-        assert number >= old.vocab_size
-        if old.unk_id not in made.rows[number]:
-            assert list(made.rows[number]) == old.encode(word, add_special_tokens=False)
+        before, after = (each.encode(f"a {word}", add_special_tokens=False) for each in (old, made.tokenizer))
+        assert after[-1] >= old.vocab_size
+        if old.unk_id not in made.rows[after[-1]]:
+            assert [*after[:-1], *made.rows[after[-1]]] == before
 
 
 @pytest.mark.parametrize(("convention", "options"), KINDS, ids=name)
@@ -118,6 +118,14 @@ def test_words_are_refused_that_are_none() -> None:
     with pytest.raises(RequestError, match="is a piece of this tokenizer already"):
         grow(tokenizer, ["the"])
     assert spelt(tokenizer, ["##ippo"]) == ["##ippo"]
+
+
+def test_a_word_is_the_piece_that_it_is_in_a_text() -> None:
+    words = ["hippopotamus", " semiaquatic"]
+    assert spelt(trained("gpt2"), words) == ["Ġhippopotamus", "Ġsemiaquatic"]
+    assert spelt(trained("llama"), words) == ["▁hippopotamus", "▁semiaquatic"]
+    assert spelt(trained("bert"), words) == ["hippopotamus", "semiaquatic"]
+    assert spelt(trained("gpt2"), ["'ve"]) == ["'ve"]  # after a space it would be two
 
 
 def test_more_pieces_than_the_text_has_are_refused_with_how_many_it_has() -> None:

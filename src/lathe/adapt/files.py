@@ -21,8 +21,9 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -32,13 +33,15 @@ from lathe.adapt.adapters import attach, check_new_name, known_adapter, placed
 from lathe.adapt.layer import Adapted, Adapter, Whole, weight_of
 from lathe.adapt.peft_config import CONFIG, PeftConfig, read_peft_config, shortest_names
 from lathe.adapt.targets import linear_layers
-from lathe.adapt.whole_files import modules_to_save, names_classifier, read_whole, says, whole_tensors
+from lathe.adapt.whole_files import modules_to_save, names_classifier, read_whole, says, stock_tensors, whole_tensors
 from lathe.architecture import Architecture
 from lathe.checkpoint.atomic import atomic_directory
 from lathe.checkpoint.layout import Weights
 from lathe.checkpoint.tensors import TensorSource
 from lathe.errors import RequestError
 from lathe.families import holder
+from lathe.families.adapter import fuse
+from lathe.families.base import Entry
 from lathe.model.quantized import QuantizedLinear
 from lathe.model.transformer import Transformer
 
@@ -48,6 +51,8 @@ WEIGHTS = "adapter_model.safetensors"
 _START = "base_model.model."
 _A, _B, _M = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 _KEY = re.compile(rf"(?:{re.escape(_START)})?(?P<module>.+)\.(?P<part>{re.escape(_A)}|{re.escape(_B)}|{_M})")
+
+_BASE = ".base_layer."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +82,9 @@ def stock_modules(architecture: Architecture) -> list[StockModule]:
 
 
 # --- writing -------------------------------------------------------------------------------------------
+
+
+N = TypeVar("N", StockModule, Entry)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,6 +252,7 @@ def load_adapter(model: Transformer, directory: str | Path, *, name: str = "defa
         by_module, others = _by_module(model.architecture, config, source)
         for module, stored in by_module.items():
             adapters |= _split(model, module, config, stored, source)
+        others = _without_base(model, config.modules_to_save or [], others, source)
         adapters |= read_whole(model, config.modules_to_save or [], others, source)
     attach(model, name, adapters)
     return tuple(adapters)
@@ -256,10 +265,7 @@ def _by_module(
 
     The second are the other stored names, by what they are without PEFT's beginning: of layers that are there whole.
     """
-    source_family = holder(architecture)
-    prefix = "" if source_family is None else source_family.prefix
-    # Files of a class with another head, or none, carry the prefix or lack it.
-    known = {each.theirs.removeprefix(prefix): each for each in stock_modules(architecture)}
+    known, prefix = _known(stock_modules(architecture), architecture)
     found: dict[StockModule, dict[str, str]] = {}
     stored_as: dict[StockModule, str] = {}
     others: dict[str, str] = {}
@@ -292,6 +298,52 @@ def _by_module(
     if not found:
         raise RequestError(f"{WEIGHTS} holds no tensor of an adapter; expected one that peft or save_adapter wrote")
     return found, others
+
+
+def _known(named: Iterable[N], architecture: Architecture) -> tuple[dict[str, N], str]:
+    """Stock modules or tensors by their names without the family's prefix; files of a class with another head lack it."""
+    family = holder(architecture)
+    prefix = "" if family is None else family.prefix
+    return {each.theirs.removeprefix(prefix): each for each in named}, prefix
+
+
+def _without_base(
+    model: Transformer, patterns: list[str], names: dict[str, str], source: TensorSource
+) -> dict[str, str]:
+    """The stored names but for copies of what the base has, which PEFT stores of a head or a table with an adapter.
+
+    Raises:
+        RequestError: a copy of another matrix than the base's.
+    """
+    known, prefix = _known(stock_tensors(model.architecture), model.architecture)
+    left: dict[str, str] = {}
+    for name, key in names.items():
+        plain = name.replace(_BASE, ".")
+        entry = known.get(plain.removeprefix(prefix))
+        if entry is None or says(patterns, entry.theirs.rpartition(".")[0]):
+            left[name] = key
+            continue
+        own = fuse(entry, [_base_tensor(model, ours) for ours in entry.ours])
+        stored = source.tensor(key)
+        is_quantised = any(
+            isinstance(model.get_submodule(ours.rpartition(".")[0]), QuantizedLinear) for ours in entry.ours
+        )
+        if stored.shape == own.shape and (is_quantised or torch.equal(stored.to(own), own)):
+            continue
+        if plain != name:
+            raise RequestError(
+                f"the tensor {key!r} is the matrix that the adapter was trained on, and this model has another one: "
+                "give the base that it was trained on"
+            )
+        left[name] = key
+    return left
+
+
+def _base_tensor(model: Transformer, name: str) -> Tensor:
+    """A parameter of the base, whatever adapters are on it."""
+    layer, _, leaf = name.rpartition(".")
+    is_matrix = leaf == "weight" and isinstance(model.get_submodule(layer), nn.Linear | QuantizedLinear)
+    return _base_weight(model, layer) if is_matrix else model.get_parameter(name).detach()
 
 
 def _split(

@@ -22,7 +22,7 @@ _VOCAB_SIZE = 8000
 # What the report measures is measured on so many lines from the start of the corpus.
 _MEASURED_LINES = 10_000
 # Files that are unpacked, or read record by record; any other name is plain text.
-_RECORDS = (".gz", ".jsonl", ".ndjson", ".tsv", ".csv", ".parquet")
+_RECORDS = (".gz", ".json", ".jsonl", ".ndjson", ".tsv", ".csv", ".parquet")
 
 
 def command(
@@ -50,6 +50,11 @@ def command(
 
     if not corpus:
         raise RequestError("there is no text to train on: give --from FILE, as often as there are files")
+    if columns and not any(file.suffix.lower() in _RECORDS for file in corpus):
+        raise RequestError(
+            f"--column {columns[0]}: {corpus[0]} is plain text and has no columns; leave it out, or give records "
+            "(.jsonl, .tsv, .csv, .parquet)"
+        )
     answer = train(directory, Texts(corpus, columns or ["text"]), parse_settings(settings or []))
     if as_json:
         emit_json(answer)

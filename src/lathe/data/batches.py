@@ -27,7 +27,7 @@ from lathe.data.bucket import buckets
 from lathe.data.corpus import Corpus
 from lathe.data.packing import Pieces, Rows, alone, cut, pack
 from lathe.errors import RequestError
-from lathe.objectives.base import IntArray, Objective, RecordObjective, Sample, TextObjective
+from lathe.objectives.base import LAST, IntArray, Objective, RecordObjective, Sample, TextObjective
 
 
 class Batches:
@@ -217,10 +217,11 @@ class Batches:
         """A piece of a document, and where sentences end in it, if the objective asks."""
         where = (int(each[piece]) for each in (self.pieces.document, self.pieces.start, self.pieces.stop))
         text, breaks = self.corpus.piece(*where)
+        record = {"text": text, LAST: np.array([self.pieces.is_last(piece)], dtype=np.int64)}
         if "breaks" not in self.objective.reads:
-            return {"text": text}
+            return record
         assert breaks is not None
-        return {"text": text, "breaks": breaks}
+        return {**record, "breaks": breaks}
 
     def _elsewhere(self, piece: int, rng: np.random.Generator) -> int:
         """A piece of another document, each equally likely. A document's pieces stand together."""

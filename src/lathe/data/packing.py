@@ -35,6 +35,15 @@ class Pieces:
         """Tokens of each piece."""
         return self.stop - self.start
 
+    @property
+    def n_documents(self) -> int:
+        """How many documents they are of."""
+        return len(np.unique(self.document))
+
+    def is_last(self, piece: int) -> bool:
+        """Whether its document ends with it. A document's pieces stand together."""
+        return piece + 1 == len(self) or bool(self.document[piece] != self.document[piece + 1])
+
 
 def cut(lengths: IntArray, window: int, least: int) -> Pieces:
     """Documents of these lengths cut into pieces of `window` tokens and a last one of what is left.

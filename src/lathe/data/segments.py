@@ -28,5 +28,15 @@ def check_kind(kind: str) -> None:
 
 def segments(text: str, kind: str) -> list[str]:
     """The segments of `text`, none of them empty: `segments("One. Two!", "sentence")` is `["One.", "Two!"]`."""
+    return [text[start:stop].strip() for start, stop in segment_spans(text, kind)]
+
+
+def segment_spans(text: str, kind: str) -> list[tuple[int, int]]:
+    """From where to where in `text` its segments are: `segment_spans("One. Two!", "sentence")` is `[(0, 4), (5, 9)]`.
+
+    White space around a segment may be counted in at its beginning, and never at its end.
+    """
     check_kind(kind)
-    return [part.strip() for part in _ENDS[kind].split(text) if part.strip()]
+    borders = [0, *(place for end in _ENDS[kind].finditer(text) for place in end.span()), len(text)]
+    spans = ((start, start + len(text[start:stop].rstrip())) for start, stop in zip(borders[::2], borders[1::2]))
+    return [(start, stop) for start, stop in spans if stop > start]

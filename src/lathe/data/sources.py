@@ -34,6 +34,7 @@ from typing import IO, Any, cast
 from lathe.errors import LatheError, RequestError
 from lathe.spec import unknown
 
+_LONGEST_CELL = 2**30  # characters of a CSV's cell: a book, and not the 128 KiB that Python allows
 _SUFFIXES = {
     ".txt": "lines",
     ".text": "lines",
@@ -209,6 +210,7 @@ def _tsv(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Row]]:
+    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_CELL))  # of the process; there is no other
     reader = csv.reader((line + "\n" for _, line in _lines(path)), strict=True)
     header: list[str] | None = None
     try:

@@ -3,21 +3,21 @@
 Every field of a record is text and becomes a field of the corpus, but for `label`, which becomes a class number:
 its place in `labels`, where these are given, else the number that it says.
 
-`breaks` cuts each `text` into lines, paragraphs or sentences, tokenises them one by one and keeps where each ends,
-for the objectives that exchange sentences.
+`breaks` finds the lines, paragraphs or sentences of each `text` and keeps at which token each ends, for the objectives
+that exchange sentences. The tokens are those of the whole text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 
 import numpy as np
 
 from lathe.architecture import Architecture
 from lathe.data.corpus import Corpus
-from lathe.data.segments import check_kind, segments
+from lathe.data.segments import check_kind, segment_spans
 from lathe.data.words import continuing, frame
 from lathe.errors import RequestError
 from lathe.objectives.base import SpecialTokens
@@ -110,14 +110,17 @@ class Encoder:
         return made
 
     def _by_segment(self, texts: list[str], kind: str) -> tuple[Rows, Rows]:
-        parts = [segments(text, kind) for text in texts]
-        encoded = iter(self.tokenizer.encode_batch([part for each in parts for part in each], add_special_tokens=False))
+        """The ids of whole texts, so that what stands between segments stays, and where each segment ends in them.
+
+        White space between two is of the second one: many tokenizers mark the beginning of a word by it.
+        """
         tokens: Rows = []
         ends: Rows = []
-        for each in parts:
-            mine = list(islice(encoded, len(each)))
-            tokens.append(list(chain.from_iterable(mine)))
-            ends.append(np.cumsum([len(one) for one in mine], dtype=np.int64).tolist())
+        for text, (ids, spans) in zip(texts, self.tokenizer.encode_spans(texts), strict=True):
+            stops = [stop for _, stop in segment_spans(text, kind)]
+            starts = np.maximum.accumulate([start for start, _ in spans], dtype=np.int64)
+            tokens.append(ids if stops else [])
+            ends.append([*np.searchsorted(starts, stops[:-1]).tolist(), len(ids)] if stops else [])
         return tokens, ends
 
     def _class(self, label: str, number: int) -> int:

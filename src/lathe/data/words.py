@@ -13,6 +13,7 @@ from lathe.text.tokenizer import Tokenizer
 from lathe.text.wordpiece import CONTINUES
 
 _PROBE = "a"
+_SPACE_BYTE = "<0x20>"
 
 
 def continuing(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -32,7 +33,7 @@ def continuing(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 def _goes_on(piece: str) -> bool:
     if piece.startswith("<0x"):  # a byte of a character that has no piece
-        return True
+        return not piece.startswith(_SPACE_BYTE)
     return bool(piece) and not piece.startswith((SPACE, *string.punctuation))
 
 

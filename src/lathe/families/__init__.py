@@ -96,7 +96,8 @@ def write_config(architecture: Architecture, came_with: Config | None = None) ->
     written = family(architecture.family).write(architecture)
     if not came_with or came_with.get("model_type") != written["model_type"]:
         return written
-    kept = {key: value for key, value in came_with.items() if key not in _STALE}
+    stale = {*_STALE, *family(architecture.family).stale}
+    kept = {key: value for key, value in came_with.items() if key not in stale}
     if len(kept.get("id2label") or ()) == len(written.get("id2label", ())):
         written = {key: value for key, value in written.items() if key not in ("id2label", "label2id")}
     return {**kept, **written}

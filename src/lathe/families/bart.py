@@ -273,6 +273,7 @@ def _family(model_type: str) -> Family:
         prefix="model.",
         other_heads=("lm_head.*", "final_logits_bias", "classification_head.*", "qa_outputs.*"),
         ignored=("*encoder.version", "*decoder.version"),
+        stale=("hidden_size", "num_attention_heads", "num_hidden_layers"),
     )
 
 

@@ -91,6 +91,8 @@ class Family:
         renamed: regular expressions and replacements for names of older files, applied before `entries`.
         opens_packed: whether the stock classes open weights that are packed codes; some look at the `weight` of their
             layers while they load, and packed ones have none.
+        stale: keys that say again, under another name, what `write` writes; of a config that a model came with they
+            are not kept, because stock classes would take the old value.
     """
 
     name: str
@@ -104,6 +106,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
     opens_packed: bool = True
+    stale: tuple[str, ...] = ()
 
 
 # Hugging Face's names of activation functions and ours. Names that compute the same are written as the first.

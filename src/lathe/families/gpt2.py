@@ -196,5 +196,6 @@ GPT2 = Family(
     other_heads=("lm_head.weight", "score.weight", "multiple_choice_head.*", "classifier.*", "qa_outputs.*"),
     # Older files store the causal mask of each layer.
     ignored=("*.attn.bias", "*.attn.masked_bias"),
+    stale=tuple(SYNONYMS),
 )
 FAMILIES = (GPT2,)

@@ -365,6 +365,8 @@ def _family(kind: _Kind) -> Family:
         other_heads=("lm_head.weight", "score.weight", "score.bias", "qa_outputs.*"),
         # Older files store the rotary frequencies of each layer.
         ignored=("*.rotary_emb.inv_freq",),
+        # transformers 5 writes these two, which it makes of what is written here.
+        stale=("layer_types", "rope_parameters"),
     )
 
 

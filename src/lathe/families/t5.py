@@ -281,6 +281,7 @@ def _family(model_type: str, class_prefix: str) -> Family:
         # A bias of cross-attention that files of the first release store and nothing reads.
         ignored=("*EncDecAttention.relative_attention_bias.weight",),
         opens_packed=False,
+        stale=("hidden_size", "num_attention_heads", "num_hidden_layers", "head_dim"),
     )
 
 

@@ -24,6 +24,7 @@ from lathe.spec import Spec, size
 
 IntArray: TypeAlias = NDArray[np.int64]
 Record: TypeAlias = Mapping[str, IntArray]  # what a sample is made of, field by field: {"text": …}
+LAST = "last"  # beside the text of a piece: one number, 0 where its document goes on after it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +74,14 @@ class SpecialTokens(Spec):
         table[np.array(self.continues, dtype=np.int64)] = True
         return table
 
-    def framed(self, text: IntArray) -> IntArray:
-        """`text` between the tokenizer's own beginning and end marks, of those that it has (BOS, EOS)."""
+    def framed(self, text: IntArray, *, ends: bool = True) -> IntArray:
+        """`text` between the tokenizer's own beginning and end marks, of those that it has (BOS, EOS).
+
+        Args:
+            ends: whether the text ends there; else there is no end mark.
+        """
         front = [] if self.bos is None else [self.bos]
-        back = [] if self.eos is None else [self.eos]
+        back = [] if self.eos is None or not ends else [self.eos]
         return np.concatenate((np.array(front, np.int64), text, np.array(back, np.int64)))
 
     @property
@@ -184,6 +189,7 @@ def rounded(share: float, count: int | np.integer[Any]) -> int:
 
 __all__ = [
     "IGNORED",
+    "LAST",
     "IntArray",
     "Objective",
     "Record",

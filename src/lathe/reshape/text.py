@@ -334,7 +334,7 @@ def lay(
     batches = _batches(corpus, made, length, settings, architecture)
     predicted = None
     if isinstance(made, Causal):
-        predicted = tokens + (len(batches.pieces) if made.special.eos is not None else 0)
+        predicted = tokens + (batches.pieces.n_documents if made.special.eos is not None else 0)
     return Text(documents, batches.one_pass(), made, length, tokens, n_bytes, predicted)
 
 

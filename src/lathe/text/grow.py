@@ -35,7 +35,7 @@ _BETTER = 0.01
 
 
 def spelt(tokenizer: Tokenizer, words: Iterable[str]) -> list[str]:
-    """Words as the pieces that they would be at the start of a text: normalised, with the visible space before them.
+    """Words as the pieces that they would be in a text: normalised, with the space before them where pieces have it.
 
     A piece that continues a word is written as WordPiece writes it, `##ing`.
 
@@ -48,7 +48,7 @@ def spelt(tokenizer: Tokenizer, words: Iterable[str]) -> list[str]:
     for word in words:
         piece = word
         if not (model["type"] == "WordPiece" and word.startswith(CONTINUES)):
-            cut = list(count_words([word], tokenizer.engine).elements())
+            cut = _pieces_of(word, tokenizer)
             if len(cut) != 1:
                 raise RequestError(
                     f"the new word {word!r} is {len(cut)} words to this tokenizer, and a piece holds one: give one"
@@ -62,6 +62,12 @@ def spelt(tokenizer: Tokenizer, words: Iterable[str]) -> list[str]:
             raise RequestError(f"the new word {word!r} is a piece of this tokenizer already: leave it out")
         found[piece] = word
     return list(found)
+
+
+def _pieces_of(word: str, tokenizer: Tokenizer) -> list[str]:
+    """A word as it comes out after another one, or alone, where that is more pieces or all of the text is one."""
+    _, *after = count_words([f"a {word.strip()}"], tokenizer.engine).elements()
+    return after if len(after) == 1 else list(count_words([word.strip()], tokenizer.engine).elements())
 
 
 def grow(tokenizer: Tokenizer, pieces: Sequence[str], limit: int | None = None) -> Rewritten:

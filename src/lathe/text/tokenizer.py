@@ -241,6 +241,15 @@ class Tokenizer:
         """The ids of many texts at once, in parallel; as `encode`."""
         return [each.ids for each in self._encodings(texts, pairs, add_special_tokens)]
 
+    def encode_spans(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """The ids of many texts without special tokens, and for each id the characters that it stands for.
+
+        Raises:
+            RequestError: as `encode`.
+        """
+        found = self._encodings(texts, None, False, spans=True)
+        return [(each.ids, each.offsets) for each in found]
+
     def decode(
         self,
         ids: Sequence[int] | Tensor,
@@ -462,15 +471,16 @@ class Tokenizer:
         return text
 
     def _encodings(
-        self, texts: Sequence[str], pairs: Sequence[str] | None, add_special_tokens: bool
+        self, texts: Sequence[str], pairs: Sequence[str] | None, add_special_tokens: bool, *, spans: bool = False
     ) -> list[tokenizers.Encoding]:
         if isinstance(texts, str) or isinstance(pairs, str):
             raise RequestError("one string where a list of texts was expected: put it in a list")
         if pairs is not None and len(pairs) != len(texts):
             raise RequestError(f"{len(texts)} texts and {len(pairs)} second texts: expected as many of each")
         inputs: list[Any] = list(texts if pairs is None else zip(texts, pairs, strict=True))
+        encode = self._engine.encode_batch if spans else self._engine.encode_batch_fast  # which leaves the spans out
         try:
-            return self._engine.encode_batch_fast(inputs, add_special_tokens=add_special_tokens)
+            return encode(inputs, add_special_tokens=add_special_tokens)
         except TypeError:
             _find_bad_text([*texts, *(pairs or [])])
             raise

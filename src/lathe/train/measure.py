@@ -213,7 +213,7 @@ def _bits(
         return {"bytes": 0}
     ids = part.corpus.fields[text].flat
     if isinstance(made, Causal):
-        marks = len(part.batches.pieces) if made.special.eos is not None else 0
+        marks = part.batches.pieces.n_documents if made.special.eos is not None else 0
     else:
         marks = len(part.corpus) * made.special.n_marks
     unk = subject.tokenizer.unk_id
