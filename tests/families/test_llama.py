@@ -280,7 +280,9 @@ def test_other_rotary_settings_are_not_undone_by_the_config_that_came_with_them(
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16}
     scaling = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
     config = transformers.LlamaConfig(vocab_size=40, rope_parameters=scaling, **sizes)
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "stock")
+    theirs = transformers.LlamaForCausalLM(config)
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path / "stock")
     came = lathe.load(tmp_path / "stock")
     model = lathe.Model(came.architecture.with_(changes), came.tensors(), config=came.config)
     model.save(tmp_path / "out")

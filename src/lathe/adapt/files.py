@@ -301,7 +301,7 @@ def _by_module(
 
 
 def _known(named: Iterable[N], architecture: Architecture) -> tuple[dict[str, N], str]:
-    """Stock modules or tensors by their names without the family's prefix; files of a class with another head lack it."""
+    """Stock modules or tensors by name, without the family's prefix, which files of a class with another head lack."""
     family = holder(architecture)
     prefix = "" if family is None else family.prefix
     return {each.theirs.removeprefix(prefix): each for each in named}, prefix
@@ -325,9 +325,8 @@ def _without_base(
             continue
         own = fuse(entry, [_base_tensor(model, ours) for ours in entry.ours])
         stored = source.tensor(key)
-        is_quantised = any(
-            isinstance(model.get_submodule(ours.rpartition(".")[0]), QuantizedLinear) for ours in entry.ours
-        )
+        layers = [model.get_submodule(ours.rpartition(".")[0]) for ours in entry.ours]
+        is_quantised = any(isinstance(layer, QuantizedLinear) for layer in layers)  # then it is near and not equal
         if stored.shape == own.shape and (is_quantised or torch.equal(stored.to(own), own)):
             continue
         if plain != name:
