@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -148,6 +149,14 @@ def test_a_text_that_a_stop_string_ends_is_not_cut_off(cli: Callable, here: Path
     assert cli("evaluate", "model", *words, stop, "--outputs", "stopped.jsonl").code == 0
     stopped = [json.loads(line) for line in (here / "stopped.jsonl").read_text(encoding="utf-8").splitlines()]
     assert next(line for line in stopped if line["source"] == cut["source"])["ended"]
+
+
+def test_a_target_is_compared_with_one_text_whatever_the_model_came_with(cli: Callable, here: Path):
+    shutil.copytree("model", "several")
+    Path("several/generation_config.json").write_text('{"num_beams": 3, "num_return_sequences": 3}')
+    ran = cli("evaluate", "several", *PAIRS, "--data", "pairs.jsonl", "--json", "--outputs", "texts.jsonl")
+    assert ran.code == 0, ran.err
+    assert len((here / "texts.jsonl").read_text(encoding="utf-8").splitlines()) == len(ROWS)
 
 
 def test_what_stands_in_quotes_in_a_run_file_is_text(cli: Callable, here: Path):

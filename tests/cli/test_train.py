@@ -232,3 +232,15 @@ def test_a_run_file_that_cannot_be_read_is_named(cli: Callable, here: Path):
     (here / "empty.yaml").touch()
     assert "holds no keys" in cli("train", "empty.yaml").err
     assert "there is no run file missing.yaml" in cli("train", "missing.yaml").err
+
+
+def test_validation_data_that_does_not_fit_is_found_before_the_first_step(cli: Callable, here: Path):
+    train_tokenizer(TEXT, 300, convention="bart").save(here / "bart-tok")
+    for name, source in (("short", "wood"), ("long", " ".join(TEXT[:4]))):
+        (here / f"{name}.jsonl").write_text((json.dumps({"a": source, "b": "metal"}) + "\n") * 6)
+    words = ["objective=seq2seq", "objective.max_source=256", "tokenizer=bart-tok", "data.length=256", "data.rows=2"]
+    words += ["data.fields.source=a", "data.fields.target=b", "steps=2", *SIZES[:-1], "max_positions=32", "device=cpu"]
+    files = ["--data", "short.jsonl", "--validation"]
+    refused = cli("train", "bart-base", *words, *files, "long.jsonl", "--out", "run")
+    assert (refused.code, "data.validation: a sample takes " in refused.err) == (2, True), refused.err
+    assert not Path("run").exists()

@@ -192,8 +192,8 @@ def _recomputing(architecture: Architecture, kept: Activations, grown: _Gradient
 
 
 def _layer_gradients(stack: Stack, batch: int, length: int) -> int:
-    """The gradient of the widest tensor inside a layer."""
-    return batch * length * stack.feed_forward.d_ff * FLOAT
+    """The gradients that stand at once inside a layer: of the inner channels, or of queries, keys and values."""
+    return batch * length * max(stack.feed_forward.d_ff, 3 * stack.attention.d_q) * FLOAT
 
 
 @dataclass(frozen=True)
@@ -242,6 +242,7 @@ def _layer_workspace(architecture: Architecture, stack: Stack, batch: int, lengt
         # Rows of a cache may stand at different places, so there each has a bias of its own.
         bias = (batch if stack is architecture.decoder else 1) * a.n_heads * length**2
     mask = batch * length**2 if stack is architecture.decoder else 0
-    attention = tokens * (2 * a.d_q + 2 * a.d_kv) + (3 * bias if bias else mask)
+    repeated = 2 * a.d_q if a.kv_heads < a.n_heads else 0  # keys and values, once for every query head
+    attention = tokens * (2 * a.d_q + 2 * a.d_kv + repeated) + (3 * bias if bias else mask)
     feed_forward = tokens * (3 if stack.feed_forward.gated else 2) * stack.feed_forward.d_ff + bias
     return max(attention, feed_forward)
