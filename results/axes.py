@@ -11,6 +11,7 @@ on.
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ def main() -> None:
     ledger = Ledger(given.out.with_suffix(".json"))
     fitted = [batch.inputs for batch in parent.sample(given.tokens)]
     whole = ledger.once("parent", parent.perplexity)
-    budgets = [round(part * parent.tokens) for part in given.heal]
+    budgets = [round(part * parent.tokens) for part in given.heal if part]
+    how = "".join(f", {name} {value}" for name in ("noise", "lr") if (value := getattr(given, name)))
     header = ["cut", "parameters", "unhealed", *(f"healed, {tokens:,} tokens" for tokens in budgets)]
     lines = [
         f"{parent}, perplexity {whole:.3f}.",
@@ -42,8 +44,8 @@ def main() -> None:
         cells = [name, f"{parameters_of(cut):,}"]
         cells.append(f"{ledger.once(name, parent.perplexity, cut) / whole:.3f}")
         for tokens in budgets:
-            folder = given.out / f"{name}-{tokens}".replace(" ", "-").replace("=", "-").replace(":", "-")
-            healed = ledger.once(f"{name}, healed {tokens}", _healed, parent, cut, tokens, given, folder)
+            folder = given.out / re.sub(r"[ =:,]+", "-", f"{name} {tokens}{how}")
+            healed = ledger.once(f"{name}, healed {tokens}{how}", _healed, parent, cut, tokens, given, folder)
             cells.append(f"{healed / whole:.3f}")
         lines.append(f"| {' | '.join(cells)} |")
         given.out.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")

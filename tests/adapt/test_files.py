@@ -262,18 +262,26 @@ def test_a_destination_that_exists_is_refused(folder: Path) -> None:
     assert (folder / "adapter_config.json").read_text() != before
 
 
-@pytest.mark.parametrize("more", [{}, {"save_embedding_layers": True}], ids=["auto", "tables too"])
-def test_a_copy_of_the_bases_own_head_is_passed_over(more: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_copy_of_the_bases_own_head_is_passed_over(bits: int | None, tmp_path: Path) -> None:
     base = stock("llama")
     theirs = adapted(base, ["q_proj", "lm_head"])
-    theirs.save_pretrained(tmp_path / "theirs", **more)
+    theirs.save_pretrained(tmp_path / "theirs")
     assert any("base_layer" in name for name in load_file(tmp_path / "theirs/adapter_model.safetensors"))
     ours = lathe.load(base)
-    load_adapter(ours, tmp_path / "theirs")
-    close(logits(ours), logits(theirs))
-    other = lathe.load(base)
     with torch.no_grad():
-        other.get_parameter("head.language.output.weight").add_(1.0)
+        ours.get_parameter("head.language.output.weight").add_(5.0)
+    other = ours if bits is None else lathe.quantize(ours, bits=bits)
     with pytest.raises(RequestError, match="give the base that it was trained on"):
         load_adapter(other, tmp_path / "theirs")
     assert adapter_names(other) == ()
+    same = lathe.load(base) if bits is None else lathe.quantize(lathe.load(base), bits=bits)
+    load_adapter(same, tmp_path / "theirs")
+    if bits is None:
+        close(logits(same), logits(theirs))
+
+
+def test_a_copy_of_the_bases_head_may_be_of_another_type(tmp_path: Path) -> None:
+    base = stock("llama").bfloat16()
+    adapted(base, ["lm_head"]).save_pretrained(tmp_path / "theirs")
+    load_adapter(lathe.load(base).float(), tmp_path / "theirs")

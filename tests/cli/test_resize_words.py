@@ -120,6 +120,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["vocabulary=new.jsonl"], "'text'"),
     (["vocabulary.field=said"], "give vocabulary=FILE"),
     (["words=[zoo]", "max_parameters=5000", "calibrate=text.txt"], "a budget chooses the vocabulary"),
+    (["d_ff=8", "heal=text.txt", "heal.whole=9"], "heal.whole: a recipe's stages have it"),
     (["sharing=all", "remainder=4"], "--own-form"),
     (["remainder=4", "d_model=8"], "here d_model changes"),
     (["sharing=all", "remainder=0", "--own-form"], "remainder=0: expected a whole number"),

@@ -203,6 +203,17 @@ def test_what_a_format_wants_of_a_record_is_named_field_by_field() -> None:
     assert "With encoder.positions.kind=learned it can." in _about(made, "format")
 
 
+def test_what_cannot_be_typed_is_saved_in_lathes_own_form() -> None:
+    for changes in ({}, {"d_ff": 2048}):
+        made = plan(preset("bert-base-uncased").with_({"head.pooler": None}), changes)
+        assert "own form" in _about(made, "format")
+
+
+def test_one_field_that_was_set_leaves_its_neighbours_to_be_proposed() -> None:
+    rotary = preset("bert-base-uncased").with_({"encoder.positions.kind": "rotary"})
+    assert plan(rotary, max_positions=256).proposal == {"encoder.positions.kind": "learned"}
+
+
 @settings(max_examples=60)
 @given(architectures(), st.sampled_from([None, *MODULES]))
 def test_every_architecture_of_any_family_can_be_planned_and_cut(

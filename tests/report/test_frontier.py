@@ -55,6 +55,8 @@ def test_a_long_name_leaves_the_plot_its_room():
         (["/home/a/models/bert-rotated", "/home/a/models/bert-truncated"], ["bert-rotated", "bert-truncated"]),
         (["one/last", "other/last"], ["one/last", "other/last"]),
         (["m (1)", "m (2)"], ["m (1)", "m (2)"]),
+        ([".", "../parent"], [".", "parent"]),
+        (["/a", "/b/a"], ["/a", "b/a"]),
         ([f"{'x' * 60}1", f"{'x' * 60}2"], [f"{'x' * 16}…{'x' * 16}1", f"{'x' * 16}…{'x' * 16}2"]),
         ([f"a{'x' * 60}", f"b{'x' * 60}"], [f"a{'x' * 15}…{'x' * 17}", f"b{'x' * 15}…{'x' * 17}"]),
         (["_a", "$x_{$"], [" _a", r"\$x_{\$"]),

@@ -345,7 +345,7 @@ def test_a_teacher_that_is_no_model_is_refused_and_a_quantised_one_teaches(paren
     assert "heal" in small.history.recipe.stages[-1]
 
 
-@pytest.mark.parametrize(("name", "value"), [("stages", 2), ("file", "b.txt")])
+@pytest.mark.parametrize(("name", "value"), [("stages", 2), ("file", "b.txt"), ("whole", 9000)])
 def test_a_setting_of_the_command_alone_is_refused(parent: tuple[lathe.Model, Path], name: str, value: Any):
     model, file = parent
     with pytest.raises(RequestError, match=f"^{name}={value!r}: "):

@@ -113,6 +113,9 @@ def test_words_are_refused_that_are_none() -> None:
         spelt(tokenizer, ["Hippo", "hippo"])
     with pytest.raises(RequestError, match="is 2 words to this tokenizer"):
         spelt(tokenizer, ["two words"])
+    for kind in ("bert", "gpt2", "llama"):
+        with pytest.raises(RequestError, match="is 0 words to this tokenizer"):
+            spelt(trained(kind), [" "])
     with pytest.raises(RequestError, match="twice among the new pieces"):
         grow(tokenizer, ["hippo", "hippo"])
     with pytest.raises(RequestError, match="is a piece of this tokenizer already"):

@@ -21,9 +21,8 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -33,15 +32,13 @@ from lathe.adapt.adapters import attach, check_new_name, known_adapter, placed
 from lathe.adapt.layer import Adapted, Adapter, Whole, weight_of
 from lathe.adapt.peft_config import CONFIG, PeftConfig, read_peft_config, shortest_names
 from lathe.adapt.targets import linear_layers
-from lathe.adapt.whole_files import modules_to_save, names_classifier, read_whole, says, stock_tensors, whole_tensors
+from lathe.adapt.whole_files import modules_to_save, names_classifier, read_whole, says, whole_tensors
 from lathe.architecture import Architecture
 from lathe.checkpoint.atomic import atomic_directory
 from lathe.checkpoint.layout import Weights
 from lathe.checkpoint.tensors import TensorSource
 from lathe.errors import RequestError
 from lathe.families import holder
-from lathe.families.adapter import fuse
-from lathe.families.base import Entry
 from lathe.model.quantized import QuantizedLinear
 from lathe.model.transformer import Transformer
 
@@ -52,7 +49,8 @@ _START = "base_model.model."
 _A, _B, _M = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 _KEY = re.compile(rf"(?:{re.escape(_START)})?(?P<module>.+)\.(?P<part>{re.escape(_A)}|{re.escape(_B)}|{_M})")
 
-_BASE = ".base_layer."
+_BASE = re.compile(r"(?P<module>.+)\.base_layer\.weight")
+_CODES = 0.25  # how far a matrix in codes may be from what it was, relatively; another matrix is 1 and more away
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +80,6 @@ def stock_modules(architecture: Architecture) -> list[StockModule]:
 
 
 # --- writing -------------------------------------------------------------------------------------------
-
-
-N = TypeVar("N", StockModule, Entry)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,7 +247,7 @@ def load_adapter(model: Transformer, directory: str | Path, *, name: str = "defa
         by_module, others = _by_module(model.architecture, config, source)
         for module, stored in by_module.items():
             adapters |= _split(model, module, config, stored, source)
-        others = _without_base(model, config.modules_to_save or [], others, source)
+        others = _without_base(model, others, source)
         adapters |= read_whole(model, config.modules_to_save or [], others, source)
     attach(model, name, adapters)
     return tuple(adapters)
@@ -265,7 +260,7 @@ def _by_module(
 
     The second are the other stored names, by what they are without PEFT's beginning: of layers that are there whole.
     """
-    known, prefix = _known(stock_modules(architecture), architecture)
+    known, prefix = _known(architecture)
     found: dict[StockModule, dict[str, str]] = {}
     stored_as: dict[StockModule, str] = {}
     others: dict[str, str] = {}
@@ -300,49 +295,49 @@ def _by_module(
     return found, others
 
 
-def _known(named: Iterable[N], architecture: Architecture) -> tuple[dict[str, N], str]:
-    """Stock modules or tensors by name, without the family's prefix, which files of a class with another head lack."""
+def _known(architecture: Architecture) -> tuple[dict[str, StockModule], str]:
+    """The stock modules by name, without the family's prefix, which files of a class with another head lack."""
     family = holder(architecture)
     prefix = "" if family is None else family.prefix
-    return {each.theirs.removeprefix(prefix): each for each in named}, prefix
+    return {each.theirs.removeprefix(prefix): each for each in stock_modules(architecture)}, prefix
 
 
-def _without_base(
-    model: Transformer, patterns: list[str], names: dict[str, str], source: TensorSource
-) -> dict[str, str]:
-    """The stored names but for copies of what the base has, which PEFT stores of a head or a table with an adapter.
+def _without_base(model: Transformer, names: dict[str, str], source: TensorSource) -> dict[str, str]:
+    """The stored names but for copies of the base's own matrix, which PEFT stores of a head that has an adapter.
 
     Raises:
         RequestError: a copy of another matrix than the base's.
     """
-    known, prefix = _known(stock_tensors(model.architecture), model.architecture)
+    known, prefix = _known(model.architecture)
     left: dict[str, str] = {}
     for name, key in names.items():
-        plain = name.replace(_BASE, ".")
-        entry = known.get(plain.removeprefix(prefix))
-        if entry is None or says(patterns, entry.theirs.rpartition(".")[0]):
+        match = _BASE.fullmatch(name)
+        module = None if match is None else known.get(match["module"].removeprefix(prefix))
+        if module is None:
             left[name] = key
             continue
-        own = fuse(entry, [_base_tensor(model, ours) for ours in entry.ours])
+        own_OI = torch.cat([_base_weight(model, ours) for ours in module.ours])
         stored = source.tensor(key)
-        layers = [model.get_submodule(ours.rpartition(".")[0]) for ours in entry.ours]
-        is_quantised = any(isinstance(layer, QuantizedLinear) for layer in layers)  # then it is near and not equal
-        if stored.shape == own.shape and (is_quantised or torch.equal(stored.to(own), own)):
-            continue
-        if plain != name:
+        if not _is_copy(stored.t() if module.transposed else stored, own_OI, _is_quantised(model, module)):
             raise RequestError(
                 f"the tensor {key!r} is the matrix that the adapter was trained on, and this model has another one: "
                 "give the base that it was trained on"
             )
-        left[name] = key
     return left
 
 
-def _base_tensor(model: Transformer, name: str) -> Tensor:
-    """A parameter of the base, whatever adapters are on it."""
-    layer, _, leaf = name.rpartition(".")
-    is_matrix = leaf == "weight" and isinstance(model.get_submodule(layer), nn.Linear | QuantizedLinear)
-    return _base_weight(model, layer) if is_matrix else model.get_parameter(name).detach()
+def _is_quantised(model: Transformer, module: StockModule) -> bool:
+    return any(isinstance(model.get_submodule(ours), QuantizedLinear) for ours in module.ours)
+
+
+def _is_copy(stored_OI: Tensor, own_OI: Tensor, quantised: bool) -> bool:
+    """Whether two matrices are the same, in the type of the narrower one; one in codes is near to what it was."""
+    if stored_OI.shape != own_OI.shape:
+        return False
+    if quantised:
+        wide_OI = own_OI.float()
+        return float((stored_OI.float() - wide_OI).norm()) <= _CODES * float(wide_OI.norm())
+    return torch.equal(stored_OI.to(own_OI), own_OI) or torch.equal(own_OI.to(stored_OI), stored_OI)
 
 
 def _split(

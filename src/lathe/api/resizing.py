@@ -248,6 +248,7 @@ def heal(
     for name, instead in (
         ("file", "it is the third argument, data"),
         ("stages", "resize cuts in stages, heal in none"),
+        ("whole", "a recipe's stages have it, and it follows from tokens"),
     ):
         if name in settings:
             raise RequestError(f"{name}={settings[name]!r}: {instead}; leave it out")

@@ -32,7 +32,7 @@ from lathe.errors import LatheError, RequestError
 from lathe.text.tokenizer import Tokenizer
 
 _LOG = logging.getLogger(__name__)
-_VERSION = 2  # of the files' layout; another one is another cache
+_VERSION = 2  # of the files' layout and of what stands in them; another one is another cache
 _MANIFEST = "cache.json"
 Records = Callable[[], Iterable[Mapping[str, str]]]
 

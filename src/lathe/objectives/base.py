@@ -149,9 +149,9 @@ class Objective(Spec):
 class TextObjective(Objective):
     """An objective over running text: a long document is cut into pieces, and each is a sample.
 
-    A record is `text`, the piece; `breaks`, the places inside it at which a sentence ends, if `reads` names
-    it; and, where `another` is set, `other` and `other_breaks`: the same of a piece of another document,
-    which the caller draws from the sample's number.
+    A record is `text`, the piece; `last`, whether its document ends with it; `breaks`, the places inside it at
+    which a sentence ends, if `reads` names it; and, where `another` is set, `other` and `other_breaks`: the same
+    of a piece of another document, which the caller draws from the sample's number.
     """
 
     least: ClassVar[int] = 2  # a shorter piece has nothing to ask

@@ -18,6 +18,7 @@ from lathe.errors import RequestError
 from lathe.families import objections
 from lathe.planner.costs import Costs
 from lathe.planner.quantities import bytes_text, count_text, written
+from lathe.spec import Spec
 
 # The narrowest and widest d_model / n_layers among the presets (tests hold this against them).
 SLIMMEST, STOUTEST = 21.0, 342.0
@@ -65,10 +66,8 @@ class _Change:
         yield from ((name, old[name], stack) for name, stack in self.new.stacks if name in old)
 
     def set_by_hand(self, path: str) -> bool:
-        """Whether the field was set, or one in it, or one that it is in."""
-        return any(
-            path == given or path.startswith(f"{given}.") or given.startswith(f"{path}.") for given in self.given
-        )
+        """Whether the field was set, or one that it is in."""
+        return any(path == given or path.startswith(f"{given}.") for given in self.given)
 
 
 def consequences(before: Costs, after: Costs, given: Mapping[str, Any]) -> list[Consequence]:
@@ -100,21 +99,22 @@ def _format(change: _Change, adjusted: Mapping[str, Any]) -> Iterator[Consequenc
     left = objections(change.new.with_(adjusted))
     fixes: dict[str, Any] = {}
     for each in left:
+        wanted = _leaves(change.new, each.changes)
         undone = any(
             change.set_by_hand(path) and _at(change.new, path) != value
-            for name, value in each.changes.items()
+            for name, value in (wanted or {}).items()
             for path in change.new.paths(name)
         )
-        if undone or not each.changes:
+        if undone or not wanted:
             yield Consequence("format", f"{text} It saves in Lathe's own form (lathe.json).")
             return
-        fixes |= each.changes
+        fixes |= wanted
     if not left:
         yield Consequence("format", f"{text} The adjustments below make it fit.")
     elif not _can_be(change.new, {**adjusted, **fixes}):
         yield Consequence("format", f"{text} It saves in Lathe's own form (lathe.json).")
     else:
-        fixes = change.new.short(_leaves(change.new, fixes))
+        fixes = change.new.short(fixes)
         yield Consequence("format", f"{text} With {written(fixes)} it can.", fixes)
 
 
@@ -375,15 +375,18 @@ def _at(architecture: Architecture, path: str) -> Any:
     return value
 
 
-def _leaves(architecture: Architecture, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The same changes with no more than one value each, so that they can be typed."""
+def _leaves(architecture: Architecture, changes: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The same changes with no more than one value each, so that they can be typed; None where a record is new."""
     leaves: dict[str, Any] = {}
     for path, value in changes.items():
-        if isinstance(value, Mapping):
-            parts = {
-                f"{path}.{name}": part for name, part in value.items() if _at(architecture, f"{path}.{name}") != part
-            }
-            leaves |= _leaves(architecture, parts)
-        else:
+        if not isinstance(value, Mapping):
             leaves[path] = value
+            continue
+        if not isinstance(_at(architecture, path), Spec):
+            return None
+        parts = {f"{path}.{name}": part for name, part in value.items()}
+        found = _leaves(architecture, {each: part for each, part in parts.items() if _at(architecture, each) != part})
+        if found is None:
+            return None
+        leaves |= found
     return leaves

@@ -17,6 +17,7 @@ from typing import Any
 from lathe._version import __version__
 from lathe.checkpoint.atomic import atomic_directory
 from lathe.errors import RequestError
+from lathe.objectives.base import Objective
 from lathe.planner.quantities import bytes_text
 from lathe.report.frontier import Point, best, frontier_svg, write_frontier_png
 from lathe.report.html import Page
@@ -39,7 +40,7 @@ class Row:
         loss: nats a target.
         bits_per_byte: of a causal model.
         objective: what it predicts.
-        tokenizer: the first digits of a digest of the ids that its tokenizer makes of the text.
+        tokenizer: the first digits of a digest of what its tokenizer makes of the text.
     """
 
     name: str
@@ -143,13 +144,16 @@ def _row(source: Source, found: Quality, speed: float, text: Text, documents: Do
         found.bits_per_byte,
         speed,
         text.objective.name,
-        _spelling(source.tokenizer, documents),
+        _spelling(source.tokenizer, documents, text.objective),
     )
 
 
-def _spelling(tokenizer: Tokenizer, documents: Documents) -> str:
-    """A digest of the ids that a tokenizer makes of the text; its files may differ in what makes no difference here."""
-    ids = hashlib.sha256()
+def _spelling(tokenizer: Tokenizer, documents: Documents, objective: Objective) -> str:
+    """A digest of the ids that a tokenizer makes of the text, and of the marks and settings that the objective adds.
+
+    Not of its files: they may differ in what makes no difference here.
+    """
+    ids = hashlib.sha256(json.dumps(objective.to_dict(), sort_keys=True).encode())
     for side in (documents.texts, documents.targets or ()):
         for row in tokenizer.encode_batch(list(side)):
             ids.update(f"{row}\n".encode())

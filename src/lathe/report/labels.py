@@ -18,7 +18,7 @@ def as_written(name: str) -> str:
 def told_apart(places: Sequence[PurePath]) -> list[str]:
     """The last parts of some paths, as few as tell them apart; the paths themselves where nothing does."""
     for length in range(1, max((len(place.parts) for place in places), default=0) + 1):
-        names = ["/".join(place.parts[-length:]) for place in places]
+        names = [str(PurePath(*place.parts[-length:])) for place in places]
         if len(set(names)) == len(names):
             return names
     return [str(place) for place in places]

@@ -128,8 +128,13 @@ def moments(
     with heard(model, {norm: ear(norm) for norm in norms}), torch.no_grad():
         run_text(model, batches, hear)
     model.train(training)
-    if not all(gathered.tokens.get(norm) for norm in norms):  # batches whose labels are all ignored, to a decoder
+    if not gathered.tokens:
         raise RequestError(NO_TEXT)
+    if (deaf := next((norm for norm in norms if not gathered.tokens.get(norm)), None)) is not None:
+        raise RequestError(
+            f"the calibration text has no token that passes {deaf}: are all labels ignored, or all positions masked? "
+            "give text that both sides read"
+        )
     return gathered
 
 

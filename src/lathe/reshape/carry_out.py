@@ -170,10 +170,13 @@ class Work:
         device = torch.device("cpu") if self.job.is_streamed else pick_device(self.job.request.device)
         asked = self.job.request.objective
         batches = endless(documents, settings.text, self.model.architecture, self.tokenizer, asked)
-        if settings.whole is not None and self._read_so_far.get("data") == batches.state_dict()["data"]:
+        again = settings.whole is not None and bool(self._read_so_far)
+        if again and self._read_so_far["data"] == batches.state_dict()["data"]:
             batches.load_state_dict(self._read_so_far)  # the stage before it stopped there
+        elif again:
+            self.reporter.say("the rows are others than in the stage before: the text is read from its beginning")
         times = settings.text.tokens / max(batches.corpus.n_tokens, 1)
-        if times >= _MANY_TIMES:
+        if times >= _MANY_TIMES and not again:
             self.reporter.say(
                 f"{settings.file} holds {batches.corpus.n_tokens:,} tokens and is read up to {times:.0f} times: more "
                 "text heals better"

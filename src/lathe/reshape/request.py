@@ -188,6 +188,8 @@ def read_request(
         if "file" not in values[name] and (not needless or set(values[name]) - needless):
             odd = next(key for key in values[name] if key not in needless)
             raise RequestError(f"{name}.{odd} is set and there is no text: give {name}=FILE")
+        if "whole" in values[name] and name == "heal":
+            raise RequestError("heal.whole: a recipe's stages have it, and it follows from heal.tokens; leave it out")
         values[name] = kind.from_dict(values[name], name)
     budget = read_budget(words)
     if not changes and budget is None and "vocabulary" not in values:

@@ -66,6 +66,8 @@ def spelt(tokenizer: Tokenizer, words: Iterable[str]) -> list[str]:
 
 def _pieces_of(word: str, tokenizer: Tokenizer) -> list[str]:
     """A word as it comes out after another one, or alone, where that is more pieces or all of the text is one."""
+    if not word.strip():
+        return []
     _, *after = count_words([f"a {word.strip()}"], tokenizer.engine).elements()
     return after if len(after) == 1 else list(count_words([word.strip()], tokenizer.engine).elements())
 
