@@ -284,4 +284,6 @@ def test_a_copy_of_the_bases_own_head_is_passed_over(bits: int | None, tmp_path:
 def test_a_copy_of_the_bases_head_may_be_of_another_type(tmp_path: Path) -> None:
     base = stock("llama").bfloat16()
     adapted(base, ["lm_head"]).save_pretrained(tmp_path / "theirs")
-    load_adapter(lathe.load(base).float(), tmp_path / "theirs")
+    wide = lathe.load(base).float()
+    assert load_adapter(wide, tmp_path / "theirs") == ("head.language.output",)
+    assert adapter_names(wide) == ("default",)
