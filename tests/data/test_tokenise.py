@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lathe.data import Task, pairs, special_tokens, tokenise, tokenise_records
-from lathe.data.segments import segments
+from lathe.data.segments import segment_spans
 from lathe.data.words import continuing, frame
 from lathe.errors import RequestError
 from lathe.presets import preset
@@ -30,6 +30,10 @@ def test_every_field_is_tokenised_and_a_label_is_a_number(wordpiece: Tokenizer):
     named = tokenise_records(wordpiece, [{"text": "a", "label": "bad"}] * 3, labels=["good", "bad"])
     assert named.labels is not None
     assert named.labels.tolist() == [1, 1, 1]
+
+
+def segments(text: str, kind: str) -> list[str]:
+    return [text[start:stop].strip() for start, stop in segment_spans(text, kind)]
 
 
 def test_breaks_are_where_sentences_end(wordpiece: Tokenizer):

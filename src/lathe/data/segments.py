@@ -26,15 +26,10 @@ def check_kind(kind: str) -> None:
         raise RequestError(unknown("kind of segment", kind, KINDS))
 
 
-def segments(text: str, kind: str) -> list[str]:
-    """The segments of `text`, none of them empty: `segments("One. Two!", "sentence")` is `["One.", "Two!"]`."""
-    return [text[start:stop].strip() for start, stop in segment_spans(text, kind)]
-
-
 def segment_spans(text: str, kind: str) -> list[tuple[int, int]]:
     """From where to where in `text` its segments are: `segment_spans("One. Two!", "sentence")` is `[(0, 4), (5, 9)]`.
 
-    White space around a segment may be counted in at its beginning, and never at its end.
+    None is empty. White space before a segment may be counted in, and none after it.
     """
     check_kind(kind)
     borders = [0, *(place for end in _ENDS[kind].finditer(text) for place in end.span()), len(text)]
