@@ -244,3 +244,7 @@ def test_validation_data_that_does_not_fit_is_found_before_the_first_step(cli: C
     refused = cli("train", "bart-base", *words, *files, "long.jsonl", "--out", "run")
     assert (refused.code, "data.validation: a sample takes " in refused.err) == (2, True), refused.err
     assert not Path("run").exists()
+    # The length that was given for the decoder's rows is the validation's too.
+    (here / "wordy.jsonl").write_text(json.dumps({"a": "wood", "b": " ".join(TEXT[:2])}) + "\n")
+    wide = cli("train", "bart-base", *words, *files, "wordy.jsonl", "--out", "run", "data.target_length=24")
+    assert (wide.code, "data.validation: target_length=24: a sample takes " in wide.err) == (2, True), wide.err

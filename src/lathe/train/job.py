@@ -139,10 +139,12 @@ def _opened(request: RunSettings, ranks: Ranks, device: str) -> Job:
     held_out = None
     text = validation_corpus(data, subject.tokenizer, made)
     if text is not None:
-        fixed = Batches(text, made, length=data.length, rows=data.rows, seed=data.seed)
-        try:
+        try:  # what does not fit is found now, and not at the first evaluation
+            fixed = Batches(
+                text, made, length=data.length, target_length=data.target_length, rows=data.rows, seed=data.seed
+            )
             fixed.fit(subject.model.architecture)
-        except RequestError as error:  # now, and not at the first evaluation
+        except RequestError as error:
             raise RequestError(f"data.validation: {error}") from None
         held_out = fixed.one_pass(data.validation_batches)
     return Job(request, subject, batches, held_out, ranks, _adapt(request, subject))
