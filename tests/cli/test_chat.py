@@ -92,7 +92,7 @@ def test_the_modules_and_the_native_step_answer_alike(
         (("--template", "none.jinja"), b"the fox\n", "--template none.jinja cannot be read: No such file"),
         (("--template", "vicuna"), b"the fox\n", "shorten it, or lower max_new_tokens"),
         (("--template", "vicuna", "num_beams=2"), b"the fox\n", "num_beams=2: a chat has one answer at a time"),
-        (("--template", "{{ messages[-1].content }}"), b"the fox\xff\n", "stdin is not UTF-8: line 1 holds the byte"),
+        (("--template", "{{ messages[-1].content }}"), b"the fox\xff\n", "stdin is not UTF-8: line 1, byte 8"),
         (("--template", "{{ messages[-1].content }}", "--temperature", "0"), b"x\n", "temperature=0.0: expected"),
         (("--template", "vicuna", "--engine", "fast"), b"the fox\n", "engine='fast': expected auto, native, torch"),
     ],

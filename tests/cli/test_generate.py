@@ -141,7 +141,7 @@ def test_prompts_come_from_stdin_and_have_to_be_text(cli, gpt2: Path, monkeypatc
     stdin(monkeypatch, b"to be\nfo\xff\n")
     ran = cli("generate", gpt2, "--file", "-")
     assert ran.code == 2
-    assert ran.err == "lathe: stdin is not UTF-8: line 2 holds the byte 0xff at 3; convert it with iconv -t UTF-8\n"
+    assert ran.err == "lathe: stdin is not UTF-8: line 2, byte 3 of the line is 0xff; convert it with iconv -t UTF-8\n"
     ran = cli("generate", gpt2, "--prompt", "fo\udcff")
     assert ran.code == 2
     assert "is not UTF-8" in ran.err

@@ -96,7 +96,7 @@ def test_a_tokenizer_without_padding_is_shown_all_the_same(cli, tmp_path: Path) 
 BAD: list[tuple[tuple[str, ...], str]] = [
     (("t5",), "there is nothing to tokenize: give TEXT"),
     (("t5", "a", "--padding-side", "up"), "--padding-side up: expected left or right"),
-    (("t5", "--file", "bad"), "bad is not UTF-8: line 2, byte 5"),
+    (("t5", "--file", "bad"), "bad is not UTF-8: line 2, byte 1"),
     (("t5", "--file", "none"), "none: No such file"),
     (("./empty", "a"), "holds no tokenizer"),
     (("./nowhere", "a"), "nowhere"),
@@ -152,7 +152,7 @@ BAD_TRAINING: list[tuple[tuple[str, ...], str]] = [
     (("--from", "corpus.txt", "vocab_size=100000"), "the largest that fits is"),
     (("--from", "corpus.txt", "vocab_size"), "'vocab_size' sets nothing"),
     (("--from", "none.txt"), "none.txt: No such file"),
-    (("--from", "bad.txt"), "bad.txt is not UTF-8: line 2, byte 5"),
+    (("--from", "bad.txt"), "bad.txt is not UTF-8: line 2, byte 1"),
     (("--from", "empty.txt"), "is empty"),
 ]
 

@@ -156,10 +156,10 @@ def _typed() -> str | None:
 
 def _piped_lines() -> Iterator[str]:
     """The messages on stdin up to `/quit`, each read when the one before was answered."""
-    from lathe.cli.generate import _stdin_text
+    from lathe.text.corpus import decoded
 
-    for number, line in enumerate(iter(sys.stdin.buffer.readline, b""), start=1):
-        text = _stdin_text(line, number).rstrip("\r\n")
+    for line in decoded(iter(sys.stdin.buffer.readline, b""), "stdin"):
+        text = line.rstrip("\r\n")
         if text.strip() == "/quit":
             return
         yield text

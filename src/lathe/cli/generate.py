@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from codecs import BOM_UTF8
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -319,29 +318,12 @@ def _device(name: str | None) -> Any:
 
 
 def _lines(file: Path) -> list[str]:
-    from lathe.text.corpus import read_lines
+    """The lines of a file; of stdin without those that hold nothing visible."""
+    from lathe.text.corpus import decoded, read_lines
 
-    lines = _stdin_lines() if str(file) == "-" else read_lines(file)
-    return [line.rstrip("\r\n") for line in lines]
-
-
-def _stdin_lines() -> list[str]:
-    """What stands on stdin, without the lines that hold nothing visible."""
-    lines = sys.stdin.buffer.read().splitlines()
-    return [text for text in (_stdin_text(line, number) for number, line in enumerate(lines, start=1)) if text.strip()]
-
-
-def _stdin_text(line: bytes, number: int) -> str:
-    """A line of stdin as text; before the first, a byte order mark says how it is written, and is not part of it."""
-    mark = len(BOM_UTF8) if number == 1 and line.startswith(BOM_UTF8) else 0
-    try:
-        return line[mark:].decode("utf-8")
-    except UnicodeDecodeError as error:
-        at = mark + error.start
-        raise RequestError(
-            f"stdin is not UTF-8: line {number} holds the byte 0x{line[at]:02x} at {at + 1}; "
-            "convert it with iconv -t UTF-8"
-        ) from None
+    if str(file) != "-":
+        return [line.rstrip("\r\n") for line in read_lines(file)]
+    return [line.rstrip("\r\n") for line in decoded(sys.stdin.buffer, "stdin") if line.strip()]
 
 
 def _utf8(prompt: str) -> str:

@@ -93,24 +93,31 @@ def _lines(part: str | os.PathLike[str], number: int) -> Iterator[str]:
 
 
 def _file_lines(path: Path) -> Iterator[str]:
-    start = 0
     try:
         with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
-            for number, data in enumerate(file, start=1):
-                mark = len(BOM_UTF8) if number == 1 and data.startswith(BOM_UTF8) else 0
-                try:
-                    yield data[mark:].decode("utf-8")
-                except UnicodeDecodeError as error:
-                    at = mark + error.start
-                    raise RequestError(
-                        f"{path} is not UTF-8: line {number}, byte {start + at} of the file is 0x{data[at]:02x}; "
-                        "convert it to UTF-8 first"
-                    ) from error
-                start += len(data)
+            yield from decoded(file, str(path))
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise LatheError(f"{path} is no gzip file, or is damaged ({error}); copy or download it again") from error
     except OSError as error:
         raise RequestError(f"cannot read {path}: {error.strerror}") from error
+
+
+def decoded(lines: Iterable[bytes], name: str) -> Iterator[str]:
+    """Lines of bytes as text; a byte order mark before the first says how it is written, and is not part of it.
+
+    Raises:
+        RequestError: a line is not UTF-8. `name` says where the lines are from.
+    """
+    for number, data in enumerate(lines, start=1):
+        mark = len(BOM_UTF8) if number == 1 and data.startswith(BOM_UTF8) else 0
+        try:
+            yield data[mark:].decode("utf-8")
+        except UnicodeDecodeError as error:
+            at = mark + error.start
+            raise RequestError(
+                f"{name} is not UTF-8: line {number}, byte {at + 1} of the line is 0x{data[at]:02x}; "
+                "convert it with iconv -t UTF-8"
+            ) from error
 
 
 def _require_unicode(text: str, number: int) -> None:
