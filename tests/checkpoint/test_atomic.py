@@ -8,13 +8,14 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lathe.checkpoint import atomic
-from lathe.checkpoint.atomic import atomic_directory, atomic_file, recover
+from lathe.checkpoint.atomic import atomic_directory, atomic_file, recover, scratch_directory
 from lathe.errors import LatheError, RequestError
 
 
@@ -342,6 +343,21 @@ def test_the_leftovers_of_a_kill_are_gone_after_the_next_save(tmp_path, kind):
     with getattr(atomic, kind)(target):
         pass
     assert {path.name for path in tmp_path.iterdir()} == {"model", f"{leftover.name}.old"}
+
+
+def test_a_scratch_is_gone_afterwards_and_so_is_what_a_kill_left_of_one(tmp_path):
+    killed = tmp_path / f".lathe-new-{'0' * 12}.model"
+    killed.mkdir()
+    with scratch_directory(tmp_path / "model") as folder:
+        (folder / "numbers").write_text("many")
+        assert list(tmp_path.iterdir()) == [folder]
+    assert not list(tmp_path.iterdir())
+    with suppress(ValueError), scratch_directory(tmp_path / "new" / "parents" / "model") as folder:
+        assert folder.parent == tmp_path
+        raise ValueError
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(LatheError, match="model: No space left"), scratch_directory(tmp_path / "model"):
+        raise OSError(28, "No space left on device")
 
 
 @pytest.mark.parametrize("kind", ["atomic_directory", "atomic_file"])

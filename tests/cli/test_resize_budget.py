@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,3 +83,40 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(cli: Callable, here: P
 def test_a_budget_without_text_says_what_to_give(cli: Callable, here: Path):
     ran = cli("resize", "gpt2", "small", "--max-parameters", "4k")
     assert (ran.code, "give --calibrate FILE" in ran.err) == (2, True)
+
+
+def test_a_healing_that_was_killed_goes_on_with_the_plan_it_began_with(cli: Callable, here: Path):
+    limit = int(0.7 * Path("gpt2/model.safetensors").stat().st_size)
+    words = [
+        "gpt2",
+        "small",
+        "--max-bytes",
+        str(limit),
+        "--calibrate",
+        "text.txt",
+        "--device",
+        "cpu",
+        "--heal",
+        "text.txt",
+    ]
+    words += ["calibrate.length=32", "calibrate.tokens=900", "budget.effort=1", "method=select"]
+    words += ["heal.steps=80", "heal.save_every=1", "heal.rows=2"]
+    killed = subprocess.Popen([sys.executable, "-m", "lathe", "resize", *words], stderr=subprocess.DEVNULL)
+    while not Path("small.heal/stage-1/checkpoints/last").exists():
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    assert not Path("small").exists()
+    plan = json.loads(Path("small.heal/budget-plan.json").read_text(encoding="utf-8"))["plan"]
+    less = str(limit * 3 // 4)  # another plan is made anew, and the run refuses it
+    other = cli("resize", *[less if word == str(limit) else word for word in words])
+    assert (other.code, "trial" in other.err, "was started with" in other.err) == (2, True, True), other.err
+    ran = cli("resize", *words, "--json")
+    assert ran.code == 0, ran.err
+    assert "the plan is the one in" in ran.err
+    assert "trial" not in ran.err
+    answer = json.loads(ran.out)
+    assert answer["budget"] == plan
+    assert answer["changes"] == plan["changes"]
+    assert not Path("small.heal").exists()

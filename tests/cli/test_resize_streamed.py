@@ -68,7 +68,7 @@ def test_short_memory_streams_by_itself_says_so_and_gives_the_same_bytes(
     assert "streaming" in again.err
     assert len(weights("plain")) > 2
     assert weights("plain") == weights("streamed") == weights("asked") == weights("again")
-    assert not [path for path in here.rglob(".*") if path.name.startswith((".scratch", ".trials"))]
+    assert not [path for path in here.rglob(".*") if path.name.startswith((".scratch", ".lathe-"))]
 
 
 def test_a_result_that_fits_is_healed_beside_a_parent_that_is_streamed(
@@ -95,4 +95,4 @@ def test_a_streamed_budget_makes_the_same_plan(cli: Callable, here: Path):
     streamed = cli("resize", "gpt2", "streamed", *budget, "stream=true")
     assert streamed.code == 0, streamed.err
     assert weights("plain") == weights("streamed")
-    assert not list(here.glob(".trials*"))
+    assert not list(here.glob(".lathe-*"))

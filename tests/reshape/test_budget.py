@@ -255,11 +255,12 @@ def test_a_word_that_can_no_longer_be_read_costs_a_guess_for_each_token_that_it_
 
 def test_from_python_a_budget_is_one_argument_and_the_plan_can_be_had_alone():
     source = lathe.preset("t5-small").with_({**TINY, "n_layers": 1, "d_ff": 16})
-    model, limit = lathe.Model(source, seed=0), int(0.7 * count(source))
+    model, limit = lathe.Model(source, seed=0).train(), int(0.7 * count(source))
     plan = lathe.plan_budget(model, calibrate=rows(), max_parameters=limit, effort=1, method="select", d_ff=12)
     assert plan.after <= limit
     assert plan.changes["d_ff"] == 12
     cut = lathe.resize(model, calibrate=rows(), max_parameters=limit, method="truncate")
     assert count(cut.architecture) <= limit
+    assert model.training
     with pytest.raises(RequestError, match="give max_parameters"):
         lathe.plan_budget(model, calibrate=rows())

@@ -290,6 +290,28 @@ def test_the_end_that_few_documents_are_measured_on_is_healed_on_by_none(
     assert {text.strip() for text in healing.texts} == set(used.texts)
 
 
+@pytest.mark.parametrize("tokens", [900, 950, 970, 990])
+def test_the_beginning_of_a_document_that_is_measured_on_is_healed_on_by_none(
+    parent: tuple[lathe.Model, Path], tmp_path: Path, tokens: int
+):
+    model, file = parent
+    assert model.tokenizer is not None
+    lines = file.read_text(encoding="utf-8").splitlines()
+    ten = tmp_path / "ten.txt"
+    ten.write_text(
+        "\n".join(f"{name} " + " ".join(lines[n::10]) for n, name in enumerate("abcdefghij")), encoding="utf-8"
+    )
+    settings = TextSettings(file=str(ten))
+    whole, _ = read_documents(settings, model.tokenizer, apart=False)
+    total = sum(map(len, model.tokenizer.encode_batch(list(whole.texts), add_special_tokens=False)))
+    _, apart = read_documents(settings, model.tokenizer, apart=True)
+    (held,) = apart.texts
+    assert held == whole.texts[-1]
+    healing = healing_text(replace(settings, tokens=total * tokens // 1000), model.tokenizer, apart)
+    assert len(healing.texts) == 9
+    assert not any(held.startswith(text[:20]) for text in healing.texts)
+
+
 @pytest.mark.parametrize("prefix", ["say: ", "tell: ", ""])
 def test_pairs_that_are_measured_on_are_healed_on_with_no_other_prefix(
     parent: tuple[lathe.Model, Path], tmp_path: Path, prefix: str

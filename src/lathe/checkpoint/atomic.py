@@ -89,6 +89,26 @@ def atomic_file(path: str | os.PathLike[str], *, replace: bool = False, nbytes: 
         temporary.replace(target)
 
 
+@contextmanager
+def scratch_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield an empty temporary directory on the filesystem where `path` will be; it is gone after the block.
+
+    The scratch of a process that was killed is removed by the next one, and by the next save, to the same `path`.
+    No parent is made: while one is missing, the scratch lies in the nearest folder that exists.
+
+    Raises:
+        RequestError: that folder cannot be written to.
+        LatheError: the disk is full.
+    """
+    target = _resolve(path)
+    folder = next(parent for parent in target.parents if parent.is_dir())
+    with _staged(folder / target.name, None, directory=True) as temporary:
+        try:
+            yield temporary
+        finally:
+            _remove(temporary)
+
+
 def recover(path: str | os.PathLike[str]) -> bool:
     """Put back the directory that a killed save had moved aside; True if there was one.
 

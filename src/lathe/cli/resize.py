@@ -107,8 +107,11 @@ def _resize(
         raise RequestError("--plan-only shows a budget's plan: give --max-parameters, --max-bytes or --max-latency")
     if job.request.budget is not None:
         from lathe.reshape.budget_job import spend
+        from lathe.reshape.run import heal_folder
 
-        job, _ = spend(job, Terminal().say, beside=destination)
+        heals = job.request.heal is not None and not plan_only
+        kept = (run or heal_folder(destination)) if heals else None
+        job, _ = spend(job, Terminal().say, beside=destination, kept=kept)
     if plan_only:
         assert job.budget is not None
         _show_plan(job.budget, as_json)

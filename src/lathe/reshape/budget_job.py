@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lathe.checkpoint.atomic import scratch_directory
 from lathe.errors import RequestError
 from lathe.model.transformer import Transformer
 from lathe.reshape.budget import plan_budget
 from lathe.reshape.budget_cost import BudgetSettings
+from lathe.reshape.budget_kept import keep, kept_plan
 from lathe.reshape.budget_plan import BudgetPlan
 from lathe.reshape.budget_trial import RowsProbe, TextProbe
 from lathe.reshape.calibrate import Batch
@@ -30,27 +31,41 @@ from lathe.train.machine import pick_device
 log = logging.getLogger("lathe")
 
 
-def spend(job: Job, say: Callable[[str], None] = log.info, *, beside: Path | None = None) -> tuple[Job, BudgetPlan]:
+def spend(
+    job: Job, say: Callable[[str], None] = log.info, *, beside: Path | None = None, kept: Path | None = None
+) -> tuple[Job, BudgetPlan]:
     """Find the sizes of a job that was given a budget; the job that comes back has them, and can be run.
 
     Args:
         say: told a line about each trial.
         beside: where the result will go; a streamed job's trials put their tensors aside next to it.
+        kept: a folder that keeps the plan. What was planned there for the same model, texts and budget is taken as it
+            is: a healing that was killed goes on with the sizes that it began with, however the machine times today.
 
     Raises:
         RequestError: no budget, no text to measure on, or a budget that cannot be met (says the least possible).
+        LatheError: the disk is full.
     """
-    request, source = job.request, job.source
-    if request.budget is None:
+    if job.request.budget is None:
         raise RequestError("no budget: give max_parameters, max_bytes or max_latency")
     if job.why_streamed:
         say(job.why_streamed)
+    plan = None if kept is None else kept_plan(job, kept)
+    if plan is not None:
+        say(f"the plan is the one in {kept}, made for the same model, texts and budget: {plan.written}")
+    else:
+        plan = _planned(job, say, beside)
+        if kept is not None:
+            keep(job, plan, kept)
+    return with_sizes(job, plan.changes, plan.to_dict()), plan
+
+
+def _planned(job: Job, say: Callable[[str], None], beside: Path | None) -> BudgetPlan:
+    request, source = job.request, job.source
+    assert request.budget is not None
     if isinstance(source.model, StreamedTransformer) and source.model.tensors.folder is None:
-        place = Path.cwd() if beside is None else beside.expanduser().resolve().parent
-        place = next(each for each in (place, *place.parents) if each.is_dir())  # a plan leaves nothing behind
-        with tempfile.TemporaryDirectory(prefix=".trials-", dir=place) as folder:
-            done, plan = spend(through(replace(job, why_streamed=""), Path(folder)), say)
-        return replace(done, source=source), plan
+        with scratch_directory(Path("trials") if beside is None else beside) as folder:
+            return _planned(through(job, folder), say, beside)
     if source.tokenizer is None or job.fitted is None or job.held is None or request.calibrate is None:
         raise RequestError("a budget needs text to fit on and text to measure on: give a longer --calibrate FILE")
     probe = TextProbe(
@@ -63,7 +78,7 @@ def spend(job: Job, say: Callable[[str], None] = log.info, *, beside: Path | Non
         tokens=request.budget.tokens,
         objective=request.objective,
     )
-    plan = plan_budget(
+    return plan_budget(
         source.model,
         probe,
         request.budget,
@@ -76,7 +91,6 @@ def spend(job: Job, say: Callable[[str], None] = log.info, *, beside: Path | Non
         device=pick_device(request.device),
         say=say,
     )
-    return with_sizes(job, plan.changes, plan.to_dict()), plan
 
 
 def plan_for(

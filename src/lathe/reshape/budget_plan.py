@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -78,6 +79,20 @@ class BudgetPlan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON values."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> BudgetPlan:
+        """The plan of `to_dict`, which may have been JSON meanwhile.
+
+        Raises:
+            TypeError: other fields than a plan has.
+        """
+        parts = {
+            "rows": tuple(Row(**each) for each in values["rows"]),
+            "alone": tuple(Alone(**each) for each in values["alone"]),
+            "trials": tuple(values["trials"]),
+        }
+        return cls(**{**values, **parts})
 
     def __str__(self) -> str:
         """The plan as a table and sentences."""

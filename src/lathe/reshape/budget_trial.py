@@ -215,7 +215,9 @@ class RowsProbe:
 
 def _predicted(model: Transformer, batch: Batch) -> Tensor:
     """Log-probabilities at every token, N × V; pads are left out."""
+    training = model.training
     output = model.eval()(**batch)
+    model.train(training)
     assert output.logits is not None
     logits = output.logits.flatten(0, -2).float()
     labels = batch.get("labels")

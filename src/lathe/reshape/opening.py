@@ -110,10 +110,16 @@ def with_sizes(job: Job, changes: Mapping[str, Any], budget: Mapping[str, Any]) 
 
     Args:
         budget: how they were found, as plain values.
+
+    Raises:
+        RequestError: the sizes cannot be healed as was asked.
     """
     request = replace(job.request, changes=dict(changes))
     stages = _stages(job.source.model.architecture, request)
-    return replace(job, request=request, stages=stages, budget=budget, why_streamed="")
+    done = replace(job, request=request, stages=stages, budget=budget, why_streamed="")
+    if request.heal is not None and job.is_streamed:
+        check_healing(done.target, request.heal)
+    return done
 
 
 def open_replay(

@@ -22,6 +22,7 @@ import torch
 
 from lathe.blueprint import stored
 from lathe.checkpoint.atomic import atomic_directory
+from lathe.reshape.budget_kept import PLAN
 from lathe.reshape.carry_out import carry_out
 from lathe.reshape.job import Job, Reporter, Silent
 from lathe.reshape.outcome import Outcome
@@ -71,6 +72,8 @@ def _remove_runs(folder: Path, number: int) -> None:
     """Remove what a job's healings kept, and the folder unless somebody else has put something there."""
     for stage in range(1, number + 1):
         shutil.rmtree(folder / f"stage-{stage}", ignore_errors=True)
+    if number:
+        (folder / PLAN).unlink(missing_ok=True)
     if number and folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 

@@ -220,6 +220,9 @@ def healing_text(settings: TextSettings, tokenizer: Tokenizer, apart: Documents 
         return documents
     held = {_as_filed(record, apart.prefix) for record in apart.records}
     kept = [record for record in documents.records if _as_filed(record, settings.prefix) not in held]
+    if documents.targets is None and kept:  # the last document drawn may be cut off, and be the beginning of a held one
+        (last,) = kept[-1]
+        kept = kept[:-1] if any(text.startswith(last) for (text, *_) in held) else kept
     if apart.after is not None and documents.targets is None:  # half of a pair is none
         kept = [(part,) for (text,) in kept for part in _around(text, apart.after, apart.texts[0])]
     return Documents.of_records(kept, pairs=documents.targets is not None)
