@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import random
+import shlex
 from collections.abc import Callable
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,31 @@ def test_the_result_is_a_stock_directory_with_its_recipe_its_page_and_its_card(c
     for part in (answer["layers"][0]["name"], "held.txt"):
         assert part in card
         assert part in page
+
+
+def test_the_page_and_the_card_say_the_command_that_makes_the_same_bytes(cli: Callable, here: Path):
+    (here / "my model (2)").symlink_to(here / "bert")
+    for name in ("text", "held"):
+        rows = ["n\tsaid\n", *(f"{n}\t{line}\n" for n, line in enumerate(Path(f"{name}.txt").read_text().splitlines()))]
+        (here / f"the {name}.tsv").write_text("".join(rows), encoding="utf-8")
+    words = ["--bits", "4", "--keep", "*.down", "--calibrate", "the text.tsv", "calibrate.field=said", "seed=7"]
+    words += [
+        "calibrate.tokens=600",
+        "--data",
+        "the held.tsv",
+        "data.field=said",
+        "objective=masked",
+        "objective.rate=0.3",
+    ]
+    ran = cli("quantize", "my model (2)", "q", *words)
+    assert ran.code == 0, ran.err
+    page = unescape(Path("q/report.html").read_text(encoding="utf-8"))
+    command = page[page.index("lathe quantize ") :].split("<")[0].strip()
+    assert command in Path("q/README.md").read_text(encoding="utf-8")
+    again = cli(*shlex.split(command.replace(" NEW ", " again "))[1:])
+    assert again.code == 0, again.err
+    assert Path("again/model.safetensors").read_bytes() == Path("q/model.safetensors").read_bytes()
+    assert command in unescape(Path("again/report.html").read_text(encoding="utf-8"))
 
 
 def test_layers_that_hurt_are_proposed_and_keeping_them_wins_what_was_said(cli: Callable, here: Path):

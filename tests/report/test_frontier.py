@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lathe.report.frontier import Point, _drawn, best, frontier_svg, write_frontier_png
-from lathe.report.labels import short
+from lathe.report.labels import as_written, short
 
 points = st.lists(
     st.tuples(st.integers(1, 20), st.integers(0, 20)).map(lambda pair: Point("model", pair[0], pair[1] / 4)),
@@ -63,7 +63,7 @@ def test_a_long_name_leaves_the_plot_its_room():
     ],
 )
 def test_the_legend_tells_models_apart(names: list[str], shown: list[str]):
-    (axes,) = _drawn([Point(name, 10, 1.0) for name in names], "loss", False, "svg").axes
+    (axes,) = _drawn([Point(name, 10, 1.0) for name in names], "loss", False, "svg", as_written).axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == shown
     assert frontier_svg([Point(name, 10, 1.0) for name in names], y="loss").startswith("<svg")
 

@@ -180,6 +180,7 @@ class Job:
             facts=self._facts(),
             card=_card_of(self.directory),
             base=None if Path(self.request.source).expanduser().exists() else self.request.source,
+            data=None if self.request.data is None else self.request.data.to_dict(),
         )
         return done, recipe
 

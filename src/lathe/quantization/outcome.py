@@ -55,6 +55,7 @@ class Outcome:
         reasons: why stock files cannot.
         facts: where the numbers come from: names and values.
         card: what of the source's model card is true of the result.
+        data: the settings of the text that it was measured on, where it was another than the codes were chosen on.
     """
 
     source: Size
@@ -71,6 +72,7 @@ class Outcome:
     card: Mapping[str, Any] = field(default_factory=dict)
     base: str | None = None
     seconds: float = 0.0
+    data: Mapping[str, Any] | None = None
 
     @property
     def loss_change(self) -> float | None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from lathe.report.labels import as_written, short, told_apart
+from lathe.report.fonts import writing
+from lathe.report.labels import short, told_apart
 
 _COLOURS = ("#2f6fab", "#c8553d", "#4a8f55", "#8a5fa8", "#b8860b", "#5c6b73")
 _SHAPES = ("o", "s", "^", "D", "v", "P", "X")
@@ -47,51 +48,49 @@ def frontier_svg(points: Sequence[Point], *, y: str, in_order: bool = False) -> 
         y: what the height shows, with its unit.
         in_order: join the points as they come, not those on the frontier.
     """
-    import matplotlib
-
-    figure = _drawn(points, y, in_order, "svg")
     out = io.StringIO()
-    with matplotlib.rc_context(_SETTINGS):
+    with writing(_labels(points, in_order), _SETTINGS, svg=True) as written:
+        figure = _drawn(points, y, in_order, "svg", written)
         figure.savefig(out, format="svg", metadata={"Date": None})
     return re.sub(r"^.*?(?=<svg)", "", out.getvalue(), flags=re.DOTALL)
 
 
 def write_frontier_png(points: Sequence[Point], path: Path, *, y: str) -> None:
     """The plot as a picture."""
-    _drawn(points, y, False, "png").savefig(path, format="png", dpi=150, metadata={"Software": None})
+    with writing(_labels(points, False), _SETTINGS, svg=False) as written:
+        figure = _drawn(points, y, False, "png", written)
+        figure.savefig(path, format="png", dpi=150, metadata={"Software": None})
 
 
-def _drawn(points: Sequence[Point], y: str, in_order: bool, form: str) -> Any:
-    import matplotlib
+def _drawn(points: Sequence[Point], y: str, in_order: bool, form: str, written: Callable[[str], str]) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
-    with matplotlib.rc_context(_SETTINGS):
-        figure = Figure(figsize=(8.2, 3.9), layout="constrained")
-        (FigureCanvasSVG if form == "svg" else FigureCanvasAgg)(figure)
-        axes = figure.add_subplot()
-        line = list(points) if in_order else best(points)
-        axes.plot([p.parameters for p in line], [p.loss for p in line], color="#999", linewidth=1.2, zorder=1)
-        for number, (point, label) in enumerate(zip(points, _labels(points, in_order))):
-            axes.scatter(
-                [point.parameters],
-                [point.loss],
-                color=_COLOURS[number % len(_COLOURS)],
-                marker=_SHAPES[number % len(_SHAPES)],
-                s=60,
-                label=as_written(label),
-                zorder=2,
-            )
-        axes.set_xlabel("parameters")
-        axes.set_ylabel(y)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-        axes.margins(0.12)
-        axes.grid(alpha=0.25)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
+    figure = Figure(figsize=(8.2, 3.9), layout="constrained")
+    (FigureCanvasSVG if form == "svg" else FigureCanvasAgg)(figure)
+    axes = figure.add_subplot()
+    line = list(points) if in_order else best(points)
+    axes.plot([p.parameters for p in line], [p.loss for p in line], color="#999", linewidth=1.2, zorder=1)
+    for number, (point, label) in enumerate(zip(points, _labels(points, in_order), strict=True)):
+        axes.scatter(
+            [point.parameters],
+            [point.loss],
+            color=_COLOURS[number % len(_COLOURS)],
+            marker=_SHAPES[number % len(_SHAPES)],
+            s=60,
+            label=written(label),
+            zorder=2,
+        )
+    axes.set_xlabel("parameters")
+    axes.set_ylabel(y)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    axes.margins(0.12)
+    axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
     return figure
 
 

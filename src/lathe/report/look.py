@@ -8,6 +8,7 @@ Shape suffixes: H heads, T query positions, S key positions.
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,12 +24,15 @@ from lathe.generate import generate
 from lathe.generate.text import is_empty
 from lathe.model.attention import AttentionLayer
 from lathe.model.transformer import Transformer
+from lathe.report.fonts import fonts_for
 from lathe.report.labels import as_written
 from lathe.text.tokenizer import Tokenizer
 
 _SHADES = " ·░▒▓█"
 _WRITTEN = 8  # tokens that a decoder without text of its own writes
 _COLUMNS = 12  # the most that a table of numbers shows
+# Of a picture, in inches: the widest map of one head, all heads' maps together, and a line of text.
+_WIDEST_MAP, _WIDEST, _LINE = 30.0, 130.0, 0.13
 
 
 def look(
@@ -259,9 +263,11 @@ def write_png(found: Mapping[str, Any], path: Path) -> list[str]:
     maps = found["attention"]
     columns = max(len(each["weights"]) for each in maps.values())
     longest = max(len(tokens) for tokens in found["tokens"].values())
-    each = max(2.4, 0.24 * longest)
+    # Room for every piece of a short text; a long one has to fit into a picture that can be drawn and opened.
+    each = min(max(2.4, 0.24 * longest), _WIDEST_MAP, _WIDEST / columns)
+    shown = max(math.ceil(_LINE * longest / each), 1)  # of the pieces of a long one, every so many are written
     pieces = {each["piece"]: None for tokens in found["tokens"].values() for each in tokens}
-    families, unwritten = _fonts(list(pieces))
+    families, unwritten = fonts_for(list(pieces))
     with matplotlib.rc_context({"font.size": 8, "font.family": families}):
         figure = Figure(figsize=(each * columns + 1, each * len(maps) + 0.6), layout="constrained")
         FigureCanvasAgg(figure)
@@ -277,32 +283,11 @@ def write_png(found: Mapping[str, Any], path: Path) -> list[str]:
                     continue
                 axes.imshow(kind["weights"][number], vmin=0, vmax=1, cmap="Blues", aspect="auto")
                 axes.set_title(f"{name}, head {number + 1}", loc="left")
-                axes.set_xticks(range(len(keys)), keys, rotation=90)
-                axes.set_yticks(range(len(queries)), queries if number == 0 else [""] * len(queries))
+                axes.set_xticks(range(0, len(keys), shown), keys[::shown], rotation=90)
+                rows = queries[::shown]
+                axes.set_yticks(range(0, len(queries), shown), rows if number == 0 else [""] * len(rows))
         figure.savefig(path, format="png", dpi=120, metadata={"Software": None})
     return unwritten
-
-
-def _fonts(pieces: list[str]) -> tuple[list[str], list[str]]:
-    """Matplotlib's own font and others of this machine that write the characters it lacks; and the pieces left."""
-    from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
-
-    default = findfont(FontProperties())
-    families = [get_font(default).family_name]
-    missing = {ord(c) for piece in pieces for c in piece} - get_font(default).get_charmap().keys()
-    # In the order of their names, so that the same machine draws the same picture.
-    for font in sorted(fontManager.ttflist, key=lambda font: (font.name, font.fname)):
-        if not missing:
-            break
-        if font.style != "normal" or font.weight not in (400, "normal", "regular") or font.name in families:
-            continue
-        if font.name.startswith("Last Resort"):  # it comes with matplotlib and draws a box for everything
-            continue
-        known = missing & get_font(font.fname).get_charmap().keys()
-        if known:
-            families.append(font.name)
-            missing -= known
-    return families, [piece for piece in pieces if missing & set(map(ord, piece))]
 
 
 def _labels(pieces: list[str], unwritten: list[str]) -> list[str]:

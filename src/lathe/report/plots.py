@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lathe.report.labels import as_written
+from lathe.report.fonts import writing
 
 _COLOURS = ("#2f6fab", "#c8553d", "#4a8f55", "#8a5fa8", "#b8860b", "#5c6b73")
 _DASHES = ("-", "--", ":", "-.")  # from the seventh line on, the colours come again with the next of these
@@ -76,29 +76,29 @@ class Panel:
 
 def panel(drawn: Panel) -> str:
     """One panel as SVG, without its title, which the page around it gives."""
-    figure, axes = _figure(7.5, 3.6)
-    _draw(axes, drawn)
-    return _svg(figure)
+    with writing(_names([drawn]), _SETTINGS, svg=True) as written:
+        figure, axes = _figure(7.5, 3.6)
+        _draw(axes, drawn, written)
+        return _svg(figure)
 
 
 def write_png(panels: Sequence[Panel], path: Path, *, title: str) -> None:
     """All panels as one picture: the first over the whole width, the others in rows below it."""
-    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = 2 if len(panels) in (3, 5) else 3  # so that no row is left half empty
     rows = -(-(len(panels) - 1) // columns)
-    with matplotlib.rc_context(_SETTINGS):
+    with writing([*_names(panels), title], _SETTINGS, svg=False) as written:
         figure = Figure(figsize=(13, 4.6 + 3.2 * rows), layout="constrained")
         FigureCanvasAgg(figure)
         grid = figure.add_gridspec(1 + rows, columns, height_ratios=[4.2, *[3.0] * rows])
-        figure.suptitle(as_written(title), x=0.01, ha="left", fontweight="bold")
+        figure.suptitle(written(title), x=0.01, ha="left", fontweight="bold")
         for number, each in enumerate(panels):
             place = grid[0, :] if number == 0 else grid[1 + (number - 1) // columns, (number - 1) % columns]
             axes = figure.add_subplot(place)
             _clean(axes)
-            _draw(axes, each)
+            _draw(axes, each, written)
             axes.set_title(each.title, loc="left", fontsize=11)
         figure.savefig(path, format="png", dpi=120, metadata={"Software": None})
 
@@ -117,34 +117,40 @@ def curves(
         x, y: what the axes show, with units.
         levels: label -> a height to mark across the plot.
     """
-    figure, axes = _figure(7.5, 3.6)
-    for number, (label, (xs, ys)) in enumerate(series.items()):
-        look = _look(number)
-        axes.plot(
-            xs, ys, label=as_written(label), **look, linewidth=1.8, marker="o" if len(xs) < 20 else None, markersize=4
-        )
-    for (label, height), colour in zip((levels or {}).items(), reversed(_COLOURS), strict=False):
-        axes.axhline(height, label=as_written(label), color=colour, linestyle="--", linewidth=1.2)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.legend(frameon=False)
-    return _svg(figure)
+    with writing([*series, *(levels or {})], _SETTINGS, svg=True) as written:
+        figure, axes = _figure(7.5, 3.6)
+        for number, (label, (xs, ys)) in enumerate(series.items()):
+            look: dict[str, Any] = {**_look(number), "linewidth": 1.8, "markersize": 4}
+            axes.plot(xs, ys, label=written(label), marker="o" if len(xs) < 20 else None, **look)
+        for (label, height), colour in zip((levels or {}).items(), reversed(_COLOURS), strict=False):
+            axes.axhline(height, label=written(label), color=colour, linestyle="--", linewidth=1.2)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.legend(frameon=False)
+        return _svg(figure)
 
 
 def bars(values: Mapping[str, float], *, y: str, digits: int = 3) -> str:
     """One bar for each label, its value above it; the axis starts at 0."""
-    figure, axes = _figure(7.5, 3.2)
-    heights = list(values.values())
-    drawn = axes.bar(range(len(values)), heights, color=_COLOURS[: len(values)], width=0.6)
-    axes.bar_label(drawn, labels=[f"{height:,.{digits}f}" for height in heights], padding=3)
-    axes.set_xticks(range(len(values)), [as_written(label) for label in values])
-    axes.margins(y=0.15)
-    axes.set_ylabel(y)
-    axes.grid(visible=False, axis="x")
-    return _svg(figure)
+    with writing(list(values), _SETTINGS, svg=True) as written:
+        figure, axes = _figure(7.5, 3.2)
+        heights = list(values.values())
+        drawn = axes.bar(range(len(values)), heights, color=_COLOURS[: len(values)], width=0.6)
+        axes.bar_label(drawn, labels=[f"{height:,.{digits}f}" for height in heights], padding=3)
+        axes.set_xticks(range(len(values)), [written(label) for label in values])
+        axes.margins(y=0.15)
+        axes.set_ylabel(y)
+        axes.grid(visible=False, axis="x")
+        return _svg(figure)
 
 
-def _draw(axes: Any, drawn: Panel) -> None:
+def _names(panels: Sequence[Panel]) -> list[str]:
+    """What stands in the panels' legends."""
+    found = [line.label for each in panels for line in each.lines if line.label is not None]
+    return list(dict.fromkeys([*found, *(mark.label for each in panels for mark in each.marks)]))
+
+
+def _draw(axes: Any, drawn: Panel, written: Callable[[str], str]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for line in drawn.lines:
@@ -156,7 +162,7 @@ def _draw(axes: Any, drawn: Panel) -> None:
             look |= {"linewidth": 1.1}
         elif line.kind == "points":
             look |= {"marker": "o", "markersize": 4 if len(xs) < 60 else 2, "linewidth": 1.2, "zorder": 4}
-        axes.plot(xs, ys, label=None if line.label is None else as_written(line.label), **look)
+        axes.plot(xs, ys, label=None if line.label is None else written(line.label), **look)
     labelled: set[str] = set()
     for mark in drawn.marks:
         axes.plot(
@@ -169,7 +175,7 @@ def _draw(axes: Any, drawn: Panel) -> None:
             markeredgecolor="black",
             markeredgewidth=0.7,
             zorder=5,
-            label=None if mark.label in labelled else as_written(mark.label),
+            label=None if mark.label in labelled else written(mark.label),
         )
         labelled.add(mark.label)
     axes.set_xlabel(drawn.x)
@@ -215,14 +221,12 @@ def _short(value: float, _: Any) -> str:
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
-    import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_SETTINGS):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.add_subplot()
     _clean(axes)
     return figure, axes
 
@@ -233,10 +237,7 @@ def _clean(axes: Any) -> None:
 
 
 def _svg(figure: Any) -> str:
-    import matplotlib
-
     out = io.StringIO()
-    with matplotlib.rc_context(_SETTINGS):
-        figure.savefig(out, format="svg", metadata={"Date": None})
+    figure.savefig(out, format="svg", metadata={"Date": None})
     # Only the element itself: the page has a declaration and a document type of its own.
     return re.sub(r"^.*?(?=<svg)", "", out.getvalue(), flags=re.DOTALL)

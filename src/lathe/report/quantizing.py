@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
 from lathe._version import __version__
 from lathe.quantization.outcome import Outcome
 from lathe.report.card import header, reload_sentences, table
 from lathe.report.html import Page
 from lathe.reshape.recipe import Recipe
+from lathe.reshape.text import TextSettings
 
 WORST = ("layer", "bits", "output off by", "bytes before", "bytes after")
 _LISTED = 24  # layers on the page
@@ -151,6 +156,16 @@ def _command(outcome: Outcome, recipe: Recipe) -> str:
     words += ["--method", str(how["method"]), "--activations", str(how["activations"]), "--group", str(how["group"])]
     words += ["--symmetric" if how["symmetric"] else "--asymmetric", "--tables", str(how["tables"])]
     words += [part for layer in how["keep"] for part in ("--keep", str(layer))]
-    if recipe.calibrate is not None:
-        words += ["--calibrate", str(recipe.calibrate["file"])]
-    return " ".join(words)
+    words += _text("calibrate", recipe.calibrate) + _text("data", outcome.data)
+    words += [f"objective{'' if key == 'name' else f'.{key}'}={value}" for key, value in recipe.objective.items()]
+    words += [f"seed={recipe.seed}"] if recipe.seed else []
+    return shlex.join(words)
+
+
+def _text(name: str, settings: Mapping[str, Any] | None) -> list[str]:
+    """The words that give a text: its file, and what is not as usual."""
+    if settings is None:
+        return []
+    usual = TextSettings(file=settings["file"]).to_dict()
+    others = [f"{name}.{key}={settings[key]}" for key in usual if settings.get(key, usual[key]) != usual[key]]
+    return [f"--{name}", str(settings["file"]), *others]

@@ -75,7 +75,7 @@ def page(outcome: Outcome, recipe: Recipe) -> str:
         made.text(f"lathe.json says how it was made. It cannot be done again from files: {recipe.obstacle}.")
     else:
         made.text("lathe.json holds the recipe. This makes the same bytes again, from the same source and text:")
-        made.code(_replay(recipe))
+        made.code(_replay(outcome, recipe))
     return made.render()
 
 
@@ -105,7 +105,7 @@ def card(outcome: Outcome, recipe: Recipe) -> str:
         "",
         *(f"- {name}: {value}" for name, value in outcome.text.items()),
         "",
-        *_again(recipe),
+        *_again(outcome, recipe),
         "",
     ]
     return "\n".join(lines)
@@ -267,18 +267,18 @@ def _goes_on(steps: Sequence[Done], number: int) -> bool:
     return number < len(steps) and steps[number - 1].quality is None and not steps[number].heals
 
 
-def _again(recipe: Recipe) -> list[str]:
+def _again(outcome: Outcome, recipe: Recipe) -> list[str]:
     """The recipe's lines in the card."""
     if recipe.obstacle:
         return [
             f"`lathe.json` says how; it cannot be done again from files: {recipe.obstacle}. `report.html` has plots."
         ]
     told = "`lathe.json` is the recipe; `report.html` has the plots. The same bytes again:"
-    return [told, "", "```", _replay(recipe), "```"]
+    return [told, "", "```", _replay(outcome, recipe), "```"]
 
 
-def _replay(recipe: Recipe) -> str:
-    words = ["lathe", "resize", str(recipe.source["model"]), "NEW", "--recipe", "lathe.json"]
+def _replay(outcome: Outcome, recipe: Recipe) -> str:
+    words = ["lathe", "resize", str(recipe.source["model"]), "NEW", "--recipe", f"{outcome.result.name}/lathe.json"]
     if recipe.calibrate is not None:
         words += ["--calibrate", str(recipe.calibrate["file"])]
     if recipe.vocabulary is not None and recipe.vocabulary.get("file") is not None:
