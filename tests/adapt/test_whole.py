@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -177,8 +180,24 @@ def test_whole_layers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     assert "the file holds no 'classifier.bias'" in refused(folder)
     save_file(tensors, weights)
     config.write_text(json.dumps({**values, "modules_to_save": None}))
-    assert "belongs to no linear layer" in refused(folder)
+    assert "is a whole one of the model's that modules_to_save does not name" in refused(folder)
     config.write_text(json.dumps({**values, "modules_to_save": ["classifier", "LayerNorm"]}))
     assert "'bert.embeddings.LayerNorm', which is no linear layer" in refused(folder)
     config.write_text(json.dumps({**values, "modules_to_save": "classifier"}))
     assert "modules_to_save='classifier'" in refused(folder)
+
+
+def test_what_peft_saves_of_tables_is_refused_with_what_it_is(tmp_path: Path) -> None:
+    stock = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0
+        )
+    )
+    whole = peft.LoraConfig(target_modules=["q"], modules_to_save=["lm_head"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft.get_peft_model(copy.deepcopy(stock), whole).save_pretrained(tmp_path / "head")
+        plain = peft.get_peft_model(copy.deepcopy(stock), peft.LoraConfig(target_modules=["q"]))
+        plain.save_pretrained(tmp_path / "tables", save_embedding_layers=True)
+    assert "is an output matrix of its own, and this model's is tied" in refused(tmp_path / "head", stock)
+    assert "modules_to_save does not name, as peft's save_embedding_layers" in refused(tmp_path / "tables", stock)

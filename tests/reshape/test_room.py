@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import lathe
-from lathe.reshape.room import resize_bytes
+from lathe.reshape.room import reason_to_stream, resize_bytes
 from lathe.reshape.text import TextSettings
 
 SIZES = {"d_model": 256, "d_ff": 32, "vocab_size": 500, "n_heads": 1, "n_kv_heads": 1, "d_head": 32, "n_layers": 12}
@@ -75,3 +76,13 @@ def test_where_nothing_is_looked_for_nothing_is_counted() -> None:
 
 def test_sixteen_bits_are_fitted_in_thirty_two() -> None:
     assert resize_bytes(LLAMA, CUT, 2, TEXT) > resize_bytes(LLAMA, CUT, 4, TEXT)
+
+
+def test_a_budget_counts_what_cuts_of_the_width_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = LLAMA.with_(d_model=32, n_layers=1)
+    lathe.Model(small, seed=0).save(tmp_path / "small")
+    room = resize_bytes(small, small, 4, TEXT)
+    monkeypatch.setattr("lathe.reshape.room.free_bytes", lambda device: room)
+    assert reason_to_stream(str(tmp_path / "small"), {}, TEXT) == ""
+    assert "streaming" in reason_to_stream(str(tmp_path / "small"), {}, TEXT, budget=True)
+    assert reason_to_stream(str(tmp_path / "small"), {"d_ff": 16}, TEXT) == ""

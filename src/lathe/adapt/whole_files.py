@@ -20,7 +20,7 @@ from lathe.blueprint import stored
 from lathe.checkpoint.tensors import TensorSource
 from lathe.errors import RequestError
 from lathe.families import holder
-from lathe.families.adapter import fuse
+from lathe.families.adapter import fuse, tied_names
 from lathe.families.base import Entry
 from lathe.model.quantized import QuantizedLinear
 from lathe.model.transformer import Transformer
@@ -113,14 +113,27 @@ def read_whole(
                 "is the file whole?"
             )
         found |= _parts(model, entry, stored_name, source)
-    for name, stored_name in keys.items():
-        each = known.get(name.removeprefix(prefix))
+    tied = set() if family is None else tied_names(family, model.architecture)
+    for name in sorted(keys, key=tied.__contains__):  # where the embedding is there too, that is what is told
+        each, stored_name = known.get(name.removeprefix(prefix)), keys[name]
         if each is None or not says(patterns, _module(each.theirs)):
-            raise RequestError(
-                f"the tensor {stored_name!r} belongs to no linear layer of this model; "
-                "expected a LoRA adapter that was made for it"
-            )
+            raise RequestError(f"the tensor {stored_name!r} {_why_not(name, each, tied)}")
     return _whole(model, found)
+
+
+def _why_not(name: str, entry: Entry | None, tied: set[str]) -> str:
+    """Why a stored tensor is no adapter's here, and what to do."""
+    if name in tied:
+        return (
+            "is an output matrix of its own, and this model's is tied to its embedding: an adapter that has it whole "
+            "unties the two; merge the adapter with peft instead"
+        )
+    if entry is not None:
+        return (
+            "is a whole one of the model's that modules_to_save does not name, as peft's save_embedding_layers leaves "
+            "it: Lathe has whole what is named, and linear layers only; merge the adapter with peft instead"
+        )
+    return "belongs to no linear layer of this model; expected a LoRA adapter that was made for it"
 
 
 def _parts(model: Transformer, entry: Entry, stored_name: str, source: TensorSource) -> dict[str, Tensor]:

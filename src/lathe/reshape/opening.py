@@ -72,7 +72,8 @@ def _opened(request: ResizeRequest) -> tuple[Source, str]:
     refuse_quantised(request.source)
     why = ""
     if request.stream is None and request.streams:
-        why = reason_to_stream(request.source, request.changes, request.calibrate, request.how)
+        budget = request.budget is not None
+        why = reason_to_stream(request.source, request.changes, request.calibrate, request.how, budget=budget)
     return open_source(request.source, stream=bool(request.stream or why)), why
 
 

@@ -91,13 +91,19 @@ def _basis_bytes(
 
 
 def reason_to_stream(
-    name: str, changes: Mapping[str, Any], calibrate: TextSettings | None, how: Mapping[str, Any] | None = None
+    name: str,
+    changes: Mapping[str, Any],
+    calibrate: TextSettings | None,
+    how: Mapping[str, Any] | None = None,
+    *,
+    budget: bool = False,
 ) -> str:
     """Why a resize of a directory or hub id has to be streamed, in one line; empty where it fits into memory.
 
     Args:
         changes: fields to new values; what cannot be had is for others to refuse.
         how: the method and what else `planned` takes by name.
+        budget: the sizes are still to be found, by cuts of every axis; a little off the width takes the most memory.
 
     Raises:
         RequestError: no such model.
@@ -110,6 +116,8 @@ def reason_to_stream(
     nbytes = sum(path.stat().st_size for path in find_weights(fetch(name)).files)
     try:
         target = source.with_(changes)
+        if budget and target.d_model == source.d_model > 1:
+            target = target.with_(d_model=source.d_model - 1)
     except RequestError:
         target = source
     needed = resize_bytes(source, target, max(round(nbytes / numbers), 1), calibrate, how)
