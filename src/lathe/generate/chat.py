@@ -33,8 +33,6 @@ from lathe.model.transformer import Transformer
 from lathe.text.tokenizer import Tokenizer
 
 DEFAULT_ANSWER = 512
-# Tokens of the prompt that an answer's first is spelled after; more would change nothing.
-_CONTEXT = 8
 # A message and an answer to find in a rendered conversation.
 _ANSWER, _MESSAGE = "Lathe-answer", "Lathe-message"
 
@@ -210,7 +208,7 @@ class Reply:
         self._pieces.close()
 
     def _write(self, chat: Chat, message: str, ids: list[int]) -> Generator[str, None, None]:
-        before = ids[-_CONTEXT:] if chat.model.encoder is None else []
+        before = ids if chat.model.encoder is None else []
         written = ""
         try:
             for piece in without(spelled(chat.tokenizer, before, self._counted(chat._chosen(ids))), chat.stops):

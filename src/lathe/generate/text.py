@@ -18,6 +18,7 @@ from lathe.generate.watch import Watch
 from lathe.model.transformer import Transformer
 from lathe.text.tokenizer import Tokenizer
 
+_CONTEXT = 8  # ids that a token is spelled after; more would change nothing, and take time at every token
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
@@ -218,6 +219,7 @@ def is_empty(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> bool:
 
 def _added(tokenizer: Tokenizer, before: list[int], new: list[int], *, skip: bool) -> str:
     """The text of the new ids as it reads after the old ones: a first token may begin with a space."""
+    before = before[-_CONTEXT:]
     # The model's table may have more rows than the vocabulary has tokens.
     old, whole = (tokenizer.decode(ids, skip, errors="replace") for ids in (before, before + new))
     return whole[len(old) :] if whole.startswith(old) else tokenizer.decode(new, skip, errors="replace")

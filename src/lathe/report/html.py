@@ -13,7 +13,7 @@ from html import escape
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; --accent: #2f6fab; }
 body { font: 16px/1.55 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
+h1, p { overflow-wrap: anywhere; } h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 p.lead { color: #888; margin-top: 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
@@ -26,6 +26,10 @@ figure svg { width: 100%; height: auto; display: block; }
 figcaption { color: #555; font-size: .9rem; padding: .2rem .4rem; }
 pre { background: var(--soft); padding: .8rem 1rem; border-radius: 6px; overflow-x: auto; white-space: pre-wrap; }
 mark { background: #ffe58a; color: #222; padding: 0 .15em; border-radius: 3px; }
+@media print {
+  body { max-width: none; margin: 0; font-size: 11px; } .scroll { overflow-x: visible; }
+  th, td { padding: .25rem .4rem; overflow-wrap: anywhere; } figure, tr { break-inside: avoid; }
+}
 """
 
 
