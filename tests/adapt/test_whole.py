@@ -180,7 +180,7 @@ def test_whole_layers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     assert "the file holds no 'classifier.bias'" in refused(folder)
     save_file(tensors, weights)
     config.write_text(json.dumps({**values, "modules_to_save": None}))
-    assert "is a whole one of the model's that modules_to_save does not name" in refused(folder)
+    assert "belongs to classifier, which modules_to_save does not name" in refused(folder)
     config.write_text(json.dumps({**values, "modules_to_save": ["classifier", "LayerNorm"]}))
     assert "'bert.embeddings.LayerNorm', which is no linear layer" in refused(folder)
     config.write_text(json.dumps({**values, "modules_to_save": "classifier"}))
@@ -199,5 +199,13 @@ def test_what_peft_saves_of_tables_is_refused_with_what_it_is(tmp_path: Path) ->
         peft.get_peft_model(copy.deepcopy(stock), whole).save_pretrained(tmp_path / "head")
         plain = peft.get_peft_model(copy.deepcopy(stock), peft.LoraConfig(target_modules=["q"]))
         plain.save_pretrained(tmp_path / "tables", save_embedding_layers=True)
-    assert "is an output matrix of its own, and this model's is tied" in refused(tmp_path / "head", stock)
-    assert "modules_to_save does not name, as peft's save_embedding_layers" in refused(tmp_path / "tables", stock)
+        tuned = peft.get_peft_model(copy.deepcopy(stock), peft.LoraConfig(target_modules=["q", "lm_head"]))
+        tuned.save_pretrained(tmp_path / "tuned")
+        shared = peft.get_peft_model(copy.deepcopy(stock), peft.LoraConfig(target_modules=["q", "shared"]))
+        shared.save_pretrained(tmp_path / "shared")
+    for name in ("head", "tuned"):
+        assert "belongs to an output matrix of its own, and this model's is its token table" in refused(
+            tmp_path / name, stock
+        )
+    for name in ("tables", "shared"):
+        assert "belongs to shared, which is no linear layer" in refused(tmp_path / name, stock)

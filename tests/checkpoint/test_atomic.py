@@ -233,8 +233,9 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path):
     with pytest.raises(LatheError) as caught:
         _save(target, _onto_a_full_disk, replace=True, nbytes=4096)
     message = str(caught.value)
-    assert message.startswith(f"cannot write {target}: No space left on device (4,096 bytes are needed, ")
-    assert message.endswith("bytes are free); free some space or choose another place; nothing was changed there")
+    assert message.startswith(f"cannot write {target}: No space left on device; ")
+    assert message.endswith("bytes are free now; free some space or choose another place; nothing was changed there")
+    assert "needed" not in message  # as much is free again
     assert caught.value.exit_code == 1
     assert _tree(target) == old
     assert list(tmp_path.iterdir()) == [target]
@@ -243,6 +244,12 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path):
 def test_a_full_disk_is_recognised_behind_another_error(tmp_path):
     with pytest.raises(LatheError, match="No space left on device"):
         _save(tmp_path / "a", _behind_another_error, atomic_file)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_save_inside_another_tells_of_its_own_place(tmp_path):
+    with pytest.raises(LatheError, match=r"cannot write \S*run: No space left"), atomic_directory(tmp_path / "model"):
+        _save(tmp_path / "run", _onto_a_full_disk)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -273,7 +280,7 @@ def test_a_limit_on_the_size_of_files(tmp_path):
     old = _old(target)
     done = subprocess.run(_python(SAVE, target, 500_000), capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.startswith(f"cannot write {target}: File too large (")
+    assert done.stderr.startswith(f"cannot write {target}: File too large; raise the limit")
     assert done.stderr.count("\n") == 1
     assert _tree(target) == old
     assert list(tmp_path.iterdir()) == [target]
@@ -305,7 +312,7 @@ def test_a_filesystem_of_one_mebibyte(tmp_path):
         text=True,
         check=False,
     )
-    assert done.stderr.startswith(f"cannot write {disk}/model: No space left on device (")
+    assert done.stderr.startswith(f"cannot write {disk}/model: No space left on device; ")
     assert done.stderr.count("\n") == 1
     assert done.stdout.split() == ["old", f"{disk}:", "model", f"{disk}/model:", "config.json"]
 

@@ -14,6 +14,7 @@ import lathe
 from lathe.errors import RequestError
 from lathe.generate import generate
 from lathe.generate.chat import Chat, without
+from lathe.generate.single import Step
 from lathe.text import Tokenizer, train_tokenizer
 
 CORPUS = ["the quick brown fox jumps over the lazy dog while seventeen rabbits watch from behind the garden wall"] * 24
@@ -97,7 +98,30 @@ def test_a_template_without_an_end_token_ends_where_the_next_message_would_begin
     reply = chat.ask("the fox?")
     assert "".join(reply) == ""
     assert (reply.tokens, reply.ended) == (2, True)
-    assert Chat(model(texts), texts, template="alpaca").stops == ("### Instruction:",)
+    assert Chat(model(texts), texts, template="alpaca").stops == ("\n### Instruction:",)
+
+
+@pytest.mark.parametrize(
+    ("said", "kept", "kept_below"),
+    [
+        ("the user: of it, Q > A", *["the user: of it, Q > A"] * 2),
+        ("it is\nuser: and you", *["it is"] * 2),
+        ("user: and you", "user: and you", ""),
+        ("\n\nuser: x", *[""] * 2),
+    ],
+)
+def test_what_opens_the_next_message_ends_an_answer_at_the_beginning_of_a_line_alone(
+    said: str, kept: str, kept_below: str
+) -> None:
+    texts = tokenizer(eos_token=None)
+    for break_, shown in ((" ", kept), ("\n", kept_below)):
+        template = f"{{% for m in messages %}}{{{{ m.role }}}}:{break_}{{{{ m.content }}}}\n{{% endfor %}}"
+        chat = Chat(model(texts), texts, template=template + f"assistant:{break_}", max_new_tokens=60)
+        assert chat.stops == ("\nuser:",)
+        steps = [Step(torch.tensor([n]), torch.zeros(1), torch.tensor([False])) for n in texts.encode(said)]
+        chat._chosen = lambda ids, steps=steps: iter(steps)  # type: ignore[method-assign,misc]
+        reply = chat.ask("the fox?")
+        assert "".join(reply).strip() == reply.text == shown
 
 
 def test_the_oldest_turns_are_forgotten_and_the_system_message_is_not() -> None:

@@ -192,3 +192,33 @@ def test_bad_settings_are_one_line(given: dict[str, Any], says: str) -> None:
         resolve(given)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_of_the_two_least_lengths_one_holds() -> None:
+    stored = {"min_length": 56}
+    settings = resolve({"min_new_tokens": 5}, stored)
+    assert (settings.min_new_tokens, settings.min_length) == (5, 0)
+    assert resolve({}, stored).min_length == 56
+    assert resolve({"min_new_tokens": 0}, stored).min_length == 0
+    assert resolve({"min_new_tokens": None}, stored).min_length == 56
+    settings = resolve({"min_length": 9}, {"min_new_tokens": 5})
+    assert (settings.min_new_tokens, settings.min_length) == (0, 9)
+    settings = resolve({}, {"min_new_tokens": 5, "min_length": 56})  # as in transformers
+    assert (settings.min_new_tokens, settings.min_length) == (5, 0)
+    with pytest.raises(RequestError, match="min_new_tokens and min_length were both given"):
+        resolve({"min_new_tokens": 5, "min_length": 9})
+
+
+@pytest.mark.parametrize(
+    ("given", "stored"),
+    [
+        ({"do_sample": False}, {"do_sample": True, "num_return_sequences": 2}),
+        ({"num_beams": 1}, {"num_beams": 4, "num_return_sequences": 3}),
+        ({"num_beams": 2}, {"num_beams": 4, "num_return_sequences": 3}),
+    ],
+)
+def test_a_stored_number_of_answers_that_does_not_go_is_told_as_such(given, stored) -> None:
+    with pytest.raises(RequestError, match=r"num_return_sequences=\d, which is stored with the model: .*=1 as well"):
+        resolve(given, stored)
+    assert resolve({**given, "num_return_sequences": 1}, stored).num_return_sequences == 1
+    assert resolve({}, stored).num_return_sequences > 1

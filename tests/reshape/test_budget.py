@@ -75,6 +75,10 @@ def test_bytes_are_those_of_the_file(preset: str | None, tmp_path: Path):
     for dtype in (torch.float32, torch.bfloat16):
         lathe.Model(architecture, seed=0, dtype=dtype).save(tmp_path / str(dtype))
         assert ByteCost(dtype).of(architecture) == (tmp_path / str(dtype) / "model.safetensors").stat().st_size
+    lathe.Model(architecture, seed=0).save(tmp_path / "shards", max_shard_bytes=9000)
+    files = list((tmp_path / "shards").glob("*.safetensors"))
+    assert len(files) > 2
+    assert ByteCost(torch.float32, 9000).of(architecture) == sum(file.stat().st_size for file in files)
 
 
 @pytest.mark.parametrize("preset", ["gpt2", "t5-small", "bert-base-uncased"])

@@ -32,7 +32,7 @@ from lathe.adapt.adapters import attach, check_new_name, known_adapter, placed
 from lathe.adapt.layer import Adapted, Adapter, Whole, weight_of
 from lathe.adapt.peft_config import CONFIG, PeftConfig, read_peft_config, shortest_names
 from lathe.adapt.targets import linear_layers
-from lathe.adapt.whole_files import modules_to_save, names_classifier, read_whole, says, whole_tensors
+from lathe.adapt.whole_files import modules_to_save, names_classifier, read_whole, says, whole_tensors, why_not
 from lathe.architecture import Architecture
 from lathe.checkpoint.atomic import atomic_directory
 from lathe.checkpoint.layout import Weights
@@ -271,10 +271,7 @@ def _by_module(
             continue
         module = known.get(match["module"].removeprefix(prefix))
         if module is None:
-            raise RequestError(
-                f"the tensor {key!r} belongs to no linear layer of this model; "
-                "expected a LoRA adapter that was made for it"
-            )
+            raise RequestError(f"the tensor {key!r} {why_not(architecture, match['module'].removeprefix(prefix))}")
         found.setdefault(module, {})[match["part"]] = key
         stored_as[module] = match["module"]
     needed = {_A, _B, _M} if config.use_dora else {_A, _B}

@@ -113,26 +113,34 @@ def read_whole(
                 "is the file whole?"
             )
         found |= _parts(model, entry, stored_name, source)
-    tied = set() if family is None else tied_names(family, model.architecture)
-    for name in sorted(keys, key=tied.__contains__):  # where the embedding is there too, that is what is told
-        each, stored_name = known.get(name.removeprefix(prefix)), keys[name]
+    tables = [name for name in keys if name.removeprefix(prefix) in known]  # told first, where several are no adapter's
+    for name in dict.fromkeys([*tables, *keys]):
+        each = known.get(name.removeprefix(prefix))
         if each is None or not says(patterns, _module(each.theirs)):
-            raise RequestError(f"the tensor {stored_name!r} {_why_not(name, each, tied)}")
+            raise RequestError(
+                f"the tensor {keys[name]!r} {why_not(model.architecture, _module(name).removeprefix(prefix))}"
+            )
     return _whole(model, found)
 
 
-def _why_not(name: str, entry: Entry | None, tied: set[str]) -> str:
-    """Why a stored tensor is no adapter's here, and what to do."""
-    if name in tied:
+def why_not(architecture: Architecture, module: str) -> str:
+    """Why a module that a file adapts, or has whole, is none that Lathe does so here, and what to do."""
+    family = holder(architecture)
+    prefix, tied = ("", set()) if family is None else (family.prefix, tied_names(family, architecture))
+    if tied & {f"{module}.weight", f"{prefix}{module}.weight"}:
         return (
-            "is an output matrix of its own, and this model's is tied to its embedding: an adapter that has it whole "
-            "unties the two; merge the adapter with peft instead"
+            "belongs to an output matrix of its own, and this model's is its token table: an adapter on it, or one "
+            "that has it whole, parts the two; merge the adapter with peft instead"
         )
-    if entry is not None:
+    known = [each for each in stock_tensors(architecture) if _module(each.theirs).removeprefix(prefix) == module]
+    layers = linear_layers(architecture)
+    if any(ours.rpartition(".")[0] not in layers for each in known for ours in each.ours):
         return (
-            "is a whole one of the model's that modules_to_save does not name, as peft's save_embedding_layers leaves "
-            "it: Lathe has whole what is named, and linear layers only; merge the adapter with peft instead"
+            f"belongs to {module}, which is no linear layer (peft's save_embedding_layers writes tables): Lathe has "
+            "adapters on linear layers alone; merge the adapter with peft instead"
         )
+    if known:
+        return f"belongs to {module}, which modules_to_save does not name; is the config the adapter's own?"
     return "belongs to no linear layer of this model; expected a LoRA adapter that was made for it"
 
 

@@ -153,9 +153,10 @@ def _staged(target: Path, nbytes: int | None, *, directory: bool) -> Iterator[Pa
         for parent in reversed(made):
             with suppress(OSError):  # somebody else put something there: it stays
                 parent.rmdir()
-        full = _no_room(error) if isinstance(error, Exception) else None
+        told = isinstance(error, LatheError)  # of a place of its own, by a save inside this one
+        full = _no_room(error) if isinstance(error, Exception) and not told else None
         if full is not None:
-            raise _full(target, os.strerror(full), nbytes) from error
+            raise _full(target, full, nbytes) from error
         raise
 
 
@@ -197,16 +198,19 @@ def _make_parents(target: Path) -> list[Path]:
 
 def _require_room(target: Path, nbytes: int | None) -> None:
     if nbytes is not None and shutil.disk_usage(target.parent).free < nbytes:
-        raise _full(target, os.strerror(errno.ENOSPC), nbytes)
+        raise _full(target, errno.ENOSPC, nbytes)
 
 
-def _full(target: Path, reason: str, nbytes: int | None) -> LatheError:
-    needed = "" if nbytes is None else f"{nbytes:,} bytes are needed, "
+def _full(target: Path, number: int, nbytes: int | None) -> LatheError:
     folder = next(folder for folder in target.parents if folder.exists())
     free = shutil.disk_usage(folder).free
+    if number == errno.EFBIG:
+        remedy = "raise the limit on the size of a file (ulimit -f)"
+    else:  # what was asked for may fit by now, since what was begun is removed
+        needed = f"{nbytes:,} bytes are needed, " if nbytes is not None and nbytes > free else ""
+        remedy = f"{needed}{free:,} bytes are free now; free some space"
     return LatheError(
-        f"cannot write {target}: {reason} ({needed}{free:,} bytes are free); free some space or choose another "
-        "place; nothing was changed there"
+        f"cannot write {target}: {os.strerror(number)}; {remedy} or choose another place; nothing was changed there"
     )
 
 

@@ -205,6 +205,8 @@ def quantised_objections(family: Family, architecture: Architecture, codes: Mapp
             )
             return [reason]
         scheme = _scheme(codes[entry.ours[0]])
+        if scheme.format == PACKED and _TABLE in entry.ours:
+            return [f"transformers does not open a token table in packed codes, as {entry.theirs} is; 8 bits open"]
         if scheme.format == PACKED and not family.opens_packed:
             return [f"transformers does not open a {family.name} with packed codes, as {entry.theirs} has; 8 bits open"]
         if scheme.format == PACKED and not scheme.symmetric:

@@ -19,7 +19,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,11 +37,13 @@ from lathe.errors import LatheError, RequestError
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from types import TracebackType
     from typing import Self
 
     from torch import Tensor
+
+T = TypeVar("T")
 
 # In the order in which a file holds them: the widest last in this list and first in the file, so that every
 # tensor starts at a multiple of its element size.
@@ -347,23 +349,40 @@ def _require_fresh(folder: Path) -> None:
             raise RequestError(f"{folder} already holds {name}: write to a new directory")
 
 
+def split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """The names of each file's tensors, as `write_tensors` would put them, from the bytes of each.
+
+    >>> split({"a": 3, "b": 9, "c": 2, "d": 4}, 5)
+    [['b'], ['a', 'c'], ['d']]
+    """
+    return [list(file) for file in _grouped(sizes.items(), int, limit)]
+
+
 def _shards(pairs: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
-    seen: set[str] = set()
-    current: dict[str, Tensor] = {}
+    def checked() -> Iterator[tuple[str, Tensor]]:
+        seen: set[str] = set()
+        for name, tensor in pairs:
+            _require_writable(name, tensor)
+            if name in seen:
+                raise ValueError(f"tensor {name} was given twice")
+            seen.add(name)
+            yield name, tensor
+
+    return _grouped(checked(), lambda tensor: tensor.nbytes, limit)
+
+
+def _grouped(pairs: Iterable[tuple[str, T]], nbytes: Callable[[T], int], limit: int) -> Iterator[dict[str, T]]:
+    current: dict[str, T] = {}
     size = 0
-    for name, tensor in pairs:
-        _require_writable(name, tensor)
-        if name in seen:
-            raise ValueError(f"tensor {name} was given twice")
-        seen.add(name)
-        if tensor.nbytes > limit:
-            yield {name: tensor}
+    for name, each in pairs:
+        if nbytes(each) > limit:
+            yield {name: each}
             continue
-        if size + tensor.nbytes > limit:
+        if size + nbytes(each) > limit:
             yield current
             current, size = {}, 0
-        current[name] = tensor
-        size += tensor.nbytes
+        current[name] = each
+        size += nbytes(each)
     if current:
         yield current
 

@@ -18,6 +18,7 @@ that it is used to, and its decoder writes the answer.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -160,14 +161,20 @@ class Chat:
     def _end_of_turn(self) -> tuple[list[int], tuple[str, ...]]:
         """What the template ends an answer with: a token's id, or the text that opens the next message."""
         text = self._render(_as_messages([(_MESSAGE, _ANSWER), (_MESSAGE, "")])[:3], prompt=False)
-        after = text.rpartition(_ANSWER)[2].rpartition(_MESSAGE)[0].strip()
+        head, _, rest = text.rpartition(_ANSWER)
+        self._opens_line = head.endswith("\n")
+        whole = rest.rpartition(_MESSAGE)[0]
+        after = whole.strip()
         known = {token.content for token in self.tokenizer.engine.get_added_tokens_decoder().values()}
         known |= set(self.tokenizer.settings.roles.values())
         marks = [token for token in known if after.startswith(token)]
         number = self.tokenizer.token_id(max(marks, key=len)) if marks else None
         if number is not None and number < self.model.architecture.embedding.vocab_size:
             return [number], ()
-        return [], (after,) if after else ()
+        # Where the next message stands on a line of its own, its opening ends an answer there alone: `Q`, `>` and
+        # `user:` are in many a sentence.
+        line = "\n" if "\n" in whole[: len(whole) - len(whole.lstrip())] else ""
+        return [], (line + after,) if after else ()
 
     def _chosen(self, ids: list[int]) -> Iterator[Step]:
         ids_1T = torch.tensor([ids])
@@ -211,7 +218,9 @@ class Reply:
         before = ids if chat.model.encoder is None else []
         written = ""
         try:
-            for piece in without(spelled(chat.tokenizer, before, self._counted(chat._chosen(ids))), chat.stops):
+            said = spelled(chat.tokenizer, before, self._counted(chat._chosen(ids)))
+            # For a stop text that opens a line: the break before the answer's first, which is not shown.
+            for piece in without(chain(["\n"] if chat._opens_line else [], said), chat.stops):
                 shown = piece if written else piece.lstrip()
                 written += shown
                 self.text = written.strip()

@@ -240,6 +240,12 @@ class Settings(Spec):
             values.pop("max_new_tokens", None)
         if asked.get("max_new_tokens") is not None:
             values.pop("max_length", None)
+        if asked.get("min_new_tokens") and asked.get("min_length"):
+            raise RequestError("min_new_tokens and min_length were both given; expected one of them")
+        if asked.get("min_length"):
+            values.pop("min_new_tokens", None)
+        elif given.get("min_new_tokens") is not None or values.get("min_new_tokens"):
+            values.pop("min_length", None)
         _refuse_beside_stored(asked, values)
         values |= asked
         for names, on, what in (
@@ -327,7 +333,7 @@ def _refuse_idle(names: Iterable[str], asked: Mapping[str, Any], why: str) -> No
 
 
 def _refuse_beside_stored(asked: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
-    """Refuse a length that does not go with another one which came with the model, and say so: nobody typed that."""
+    """Refuse what does not go with a setting that came with the model, and say so: nobody typed that one."""
     for least, most in (("min_new_tokens", "max_new_tokens"), ("min_length", "max_length")):
         for mine, other in ((least, most), (most, least)):
             if mine not in asked or other in asked:
@@ -340,3 +346,12 @@ def _refuse_beside_stored(asked: Mapping[str, Any], stored: Mapping[str, Any]) -
                     f"{mine}={given}: expected {bound} {other}={held}, which is stored with the model; "
                     f"give {other} as well"
                 )
+    both = {**stored, **asked}
+    copies, beams = both.get("num_return_sequences", 1), both.get("num_beams", 1)
+    if "num_return_sequences" in asked or not all(isinstance(each, int) for each in (copies, beams)):
+        return
+    if copies > (beams if beams > 1 else copies if both.get("do_sample") else 1):
+        why = f"expected at most num_beams={beams}" if beams > 1 else "without sampling or beams all would be the same"
+        raise RequestError(
+            f"num_return_sequences={copies}, which is stored with the model: {why}; give num_return_sequences=1 as well"
+        )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from lathe.reshape.job import Reporter, Silent
 from lathe.reshape.measure import Quality, parameters_of, quality, speeds, weight_bytes
 from lathe.reshape.outcome import finite
 from lathe.reshape.source import Source, open_source
-from lathe.reshape.text import Documents, Text, TextSettings, lay, read_documents
+from lathe.reshape.text import Documents, Text, TextSettings, lay, read_documents, row_length
 from lathe.text.tokenizer import Tokenizer
 from lathe.train.machine import pick_device
 
@@ -60,6 +60,7 @@ class Comparison:
 
     Args:
         documents, digest: how many documents, and their SHA-256.
+        length: positions of a row, the same for every model.
         measure: what is compared, `loss` or `bits_per_byte`.
         note: why losses of some of them cannot be compared; empty where they can.
     """
@@ -68,6 +69,7 @@ class Comparison:
     data: str
     documents: int
     digest: str
+    length: int
     measure: str
     note: str
 
@@ -114,6 +116,8 @@ def compare(
             raise RequestError(f"{each.name} holds no tokenizer to read the text with; put its tokenizer beside it")
     assert opened[0].tokenizer is not None
     documents, _ = read_documents(data, opened[0].tokenizer, apart=False)
+    # Rows of one length for all: a longer one shows a model more of what stands before, and takes longer to read.
+    data = replace(data, length=min(row_length(data, each.model.architecture) for each in opened))
     texts: dict[str, Text] = {}
     found: dict[str, Quality] = {}
     for each in opened:
@@ -128,7 +132,8 @@ def compare(
     speed = speeds({each.name: (each.model, texts[each.name].batches) for each in opened})
     rows = tuple(_row(each, found[each.name], speed[each.name], texts[each.name], documents) for each in opened)
     measure, note = _judged(rows)
-    return Comparison(rows, data.file, len(documents.texts), documents.digest, measure, note)
+    assert data.length is not None
+    return Comparison(rows, data.file, len(documents.texts), documents.digest, data.length, measure, note)
 
 
 def _row(source: Source, found: Quality, speed: float, text: Text, documents: Documents) -> Row:
@@ -214,6 +219,7 @@ def page(comparison: Comparison) -> str:
     made.facts(
         {
             "text": f"{comparison.data}, SHA-256 of the documents {comparison.digest[:16]}…",
+            "rows": f"of {comparison.length} positions at most",
             "on the frontier": ", ".join(point.name for point in best(comparison.points)),
             **{row.name: f"{row.objective}, tokenizer {row.tokenizer}" for row in comparison.rows},
         }

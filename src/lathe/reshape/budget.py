@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from lathe.architecture import Architecture
+from lathe.checkpoint.tensors import DEFAULT_SHARD_BYTES
 from lathe.errors import LatheError, RequestError
 from lathe.model.transformer import Transformer
 from lathe.planner.quantities import written
@@ -55,6 +56,7 @@ def plan_budget(
     own_form: bool = False,
     reserved: frozenset[int] = frozenset(),
     device: torch.device | None = None,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
     say: Callable[[str], None] = log.info,
 ) -> BudgetPlan:
     """The sizes with which a trained model meets a budget at the least loss; see the module.
@@ -66,6 +68,7 @@ def plan_budget(
         how: the method and what else `resize` and `planned` take by name.
         seed, own_form, reserved: as `resize` takes them.
         device: where latency is measured; the model's where left out.
+        shard_bytes: the size past which the result will be split.
         say: told a line about each trial.
 
     Raises:
@@ -87,7 +90,7 @@ def plan_budget(
         reserved=reserved,
         say=say,
     )
-    cost = cost_of(settings, model.architecture, device or model.device, model.dtype)
+    cost = cost_of(settings, model.architecture, device or model.device, model.dtype, shard_bytes)
     return _Planning(model.architecture, terms, settings, cost, trials).plan()
 
 

@@ -21,6 +21,7 @@ import torch
 
 from lathe.architecture import Architecture
 from lathe.blueprint import count, stored
+from lathe.checkpoint.tensors import DEFAULT_SHARD_BYTES, split
 from lathe.errors import RequestError
 from lathe.families import holder
 from lathe.families.adapter import to_disk
@@ -154,29 +155,38 @@ class ParameterCost:
 
 
 class ByteCost:
-    """Bytes of the safetensors file that a checkpoint is written as, its header included."""
+    """Bytes of the safetensors files that a checkpoint is written as, their headers included.
+
+    Args:
+        shard_bytes: the size past which the result will be split, as the source is.
+    """
 
     unit, measured = "bytes", ""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
+        self._shard_bytes = shard_bytes
         self._itemsize = torch.empty(0, dtype=dtype).element_size()
         self._named = "BF16" if dtype == torch.bfloat16 else f"F{8 * self._itemsize}"  # in the file's header
 
     def of(self, architecture: Architecture) -> float:
-        """The size of the file. A checkpoint of several files is a few bytes larger for each."""
+        """The size of the files."""
         family = holder(architecture)
         if family is None:
             shapes = [(p.name, p.shape) for p in stored(architecture)]
         else:
             shapes = [(name, shape) for name, shape, _ in to_disk(family, architecture)]
+        sizes = {name: (torch.Size(shape), self._itemsize * torch.Size(shape).numel()) for name, shape in shapes}
+        files = split({name: nbytes for name, (_, nbytes) in sizes.items()}, self._shard_bytes)
+        return float(sum(self._file({name: sizes[name] for name in names}) for names in files))
+
+    def _file(self, tensors: Mapping[str, tuple[torch.Size, int]]) -> int:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offset = 0
-        for name, shape in sorted(shapes):
-            end = offset + self._itemsize * torch.Size(shape).numel()
-            header[name] = {"dtype": self._named, "shape": list(shape), "data_offsets": [offset, end]}
-            offset = end
+        for name, (shape, nbytes) in sorted(tensors.items()):
+            header[name] = {"dtype": self._named, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+            offset += nbytes
         length = len(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode())
-        return float(8 + length + -length % 8 + offset)
+        return 8 + length + -length % 8 + offset
 
     def text(self, value: float) -> str:
         """As 38.2 MiB."""
@@ -256,8 +266,14 @@ class LatencyCost:
             torch.cuda.synchronize(self._device)
 
 
-def cost_of(settings: BudgetSettings, source: Architecture, device: torch.device, dtype: torch.dtype) -> Cost:
+def cost_of(
+    settings: BudgetSettings,
+    source: Architecture,
+    device: torch.device,
+    dtype: torch.dtype,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> Cost:
     """What the settings limit."""
     if settings.name == "parameters":
         return ParameterCost()
-    return ByteCost(dtype) if settings.name == "bytes" else LatencyCost(source, device, dtype)
+    return ByteCost(dtype, shard_bytes) if settings.name == "bytes" else LatencyCost(source, device, dtype)

@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from lathe.checkpoint.atomic import scratch_directory
+from lathe.checkpoint.tensors import DEFAULT_SHARD_BYTES
 from lathe.errors import RequestError
 from lathe.model.transformer import Transformer
+from lathe.planner.quantities import bytes_text
 from lathe.reshape.budget import plan_budget
 from lathe.reshape.budget_cost import BudgetSettings
 from lathe.reshape.budget_kept import keep, kept_plan
 from lathe.reshape.budget_plan import BudgetPlan
 from lathe.reshape.budget_trial import RowsProbe, TextProbe
 from lathe.reshape.calibrate import Batch
+from lathe.reshape.carry_out import shard_bytes
 from lathe.reshape.job import Job
+from lathe.reshape.measure import weight_bytes
 from lathe.reshape.opening import with_sizes
 from lathe.reshape.resize import check_how
 from lathe.reshape.row_length import best_length
@@ -48,6 +52,7 @@ def spend(
     """
     if job.request.budget is None:
         raise RequestError("no budget: give max_parameters, max_bytes or max_latency")
+    _require_larger(job)
     if job.why_streamed:
         say(job.why_streamed)
     plan = None if kept is None else kept_plan(job, kept)
@@ -58,6 +63,16 @@ def spend(
         if kept is not None:
             keep(job, plan, kept)
     return with_sizes(job, plan.changes, plan.to_dict()), plan
+
+
+def _require_larger(job: Job) -> None:
+    """Refuse a limit on bytes that the files meet as they are: read as one wide type, the model may take more."""
+    limit, directory = None if job.request.budget is None else job.request.budget.bytes, job.source.directory
+    if limit is not None and directory is not None and not job.request.changes and weight_bytes(directory) <= limit:
+        raise RequestError(
+            f"max_bytes={bytes_text(limit)}: the model's files have {bytes_text(weight_bytes(directory))}, which is "
+            "within it: nothing to cut; ask for less, or leave the budget out"
+        )
 
 
 def _planned(job: Job, say: Callable[[str], None], beside: Path | None) -> BudgetPlan:
@@ -89,6 +104,7 @@ def _planned(job: Job, say: Callable[[str], None], beside: Path | None) -> Budge
         own_form=request.own_form,
         reserved=frozenset(settings_ids(source.generation) | settings_ids(source.config)),
         device=pick_device(request.device),
+        shard_bytes=DEFAULT_SHARD_BYTES if source.directory is None else shard_bytes(source.directory),
         say=say,
     )
 

@@ -19,10 +19,12 @@ import torch
 import yaml
 
 from lathe.adapt.opening import open_adapted
+from lathe.blueprint import stored
 from lathe.checkpoint.layout import find_weights
 from lathe.checkpoint.save import DEFAULT_SHARD_BYTES
 from lathe.data.batch import Batch
 from lathe.model.transformer import Transformer
+from lathe.planner.quantities import bytes_text
 from lathe.reshape.heal import Healing, HealSettings, heal
 from lathe.reshape.history import History, Made, Reading, described, outcome_of, write
 from lathe.reshape.job import Job, Reporter, recipe_of
@@ -68,7 +70,7 @@ def carry_out(job: Job, folder: Path, run: Path, reporter: Reporter, name: str) 
         else:
             work.heal(stage["heal"], run, stage.get("sha256"))
     assert job.source.directory is not None
-    saved, digests = write(work.made, work.history, folder, max_shard_bytes=_shard_bytes(job.source.directory))
+    saved, digests = write(work.made, work.history, folder, max_shard_bytes=shard_bytes(job.source.directory))
     if job.expected is not None:
         work.compare_with(job.expected.weights, digests)
     streamed = job.is_streamed
@@ -99,6 +101,7 @@ class Work:
         reading = Reading(job.held, request.data or request.calibrate, request.objective, request.seed, job.apart)
         held = reading.laid(self.model, self.tokenizer)
         before = None if held is None else quality(self.model, held)
+        self._say_if_widened()
         self.history = History(
             Size(source.name, parameters_of(self.model), _bytes_of(job), before),
             job.shown_changes,
@@ -251,6 +254,17 @@ class Work:
         self.tokenizer = tokenizer
         self._say(steps)
 
+    def _say_if_widened(self) -> None:
+        """Files of several types are read as the widest of them, and a cut may take more bytes than they do."""
+        model = self.job.source.model
+        wide = model.dtype.itemsize * sum(parameter.size for parameter in stored(model.architecture))
+        if wide > (held := _bytes_of(self.job)):
+            dtype = str(model.dtype).removeprefix("torch.")
+            self.reporter.say(
+                f"{self.job.source.name} holds several types, and all of it is read and written as {dtype}: "
+                f"{bytes_text(wide)} in place of {bytes_text(held)}"
+            )
+
     def _say(self, steps: Sequence[Step]) -> None:
         found = self.history.steps[-1].quality
         loss = "" if found is None else f": loss {found.loss:.4f}"
@@ -304,7 +318,7 @@ def _bytes_of(job: Job) -> int:
     return sum(tensor.nbytes for tensor in weights_of(job.source.model).values())
 
 
-def _shard_bytes(source: Path) -> int:
+def shard_bytes(source: Path) -> int:
     """The result's shards are no larger than the source's: whoever had room for those has room for these."""
     files = find_weights(source).files
     return max(file.stat().st_size for file in files) if len(files) > 1 else DEFAULT_SHARD_BYTES

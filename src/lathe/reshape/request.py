@@ -139,7 +139,9 @@ class ResizeRequest(Spec):
         """A remainder is what sharing loses; whatever else changes the layers would not be in it."""
         odd = next((name for name in self.changes if name.rpartition(".")[2] != "sharing"), None)
         if odd is not None or not self.changes or self.budget is not None or self.vocabulary is not None:
-            what = "nothing shares weights" if odd is None else f"{odd} changes"
+            others = {"a budget cuts more": self.budget, "the vocabulary changes": self.vocabulary}
+            found = [f"{odd} changes"] if odd is not None else [why for why, each in others.items() if each is not None]
+            what = found[0] if found else "nothing shares weights"
             raise RequestError(
                 f"remainder={self.remainder}: it keeps what layers that come to share weights differ by, and here "
                 f"{what}; give sharing=all and the like, alone"
