@@ -354,6 +354,18 @@ def test_a_disk_that_fills_up_leaves_nothing(cli: Callable, here: Path, monkeypa
     assert sorted(path.name for path in here.iterdir()) == before
 
 
+def test_a_model_of_fewer_positions_is_compared_on_rows_as_short(cli: Callable, here: Path):
+    model = lathe.load("gpt2")
+    tensors = {name: tensor[:16] if "position" in name else tensor for name, tensor in model.tensors().items()}
+    lathe.Model(model.architecture.with_(max_positions=16), tensors, tokenizer=model.tokenizer).save("short")
+    ran = cli("compare", "gpt2", "short", "--data", "held.txt", "--device", "cpu", "--json")
+    answer = json.loads(ran.out)
+    assert answer["length"] == 16
+    assert answer["rows"][0]["loss"] == pytest.approx(answer["rows"][1]["loss"], rel=1e-6)
+    alone = json.loads(cli("compare", "gpt2", "bert", "--data", "held.txt", "--device", "cpu", "--json").out)
+    assert alone["length"] == 64
+
+
 def test_models_are_compared_on_the_same_text(cli: Callable, here: Path):
     options = ["--calibrate", "text.txt", "--device", "cpu"]
     assert cli("resize", "gpt2", "small", "d_model=12", *options).code == 0

@@ -54,7 +54,7 @@ def test_names_without_a_font_are_numbers_in_a_picture_and_text_on_a_page(bare: 
     points = [Point("모델/큰", 20, 1.0), Point("모델/작은", 10, 2.0)]
     write_frontier_png(points, tmp_path / "a.png", y="loss")
     drawn = Panel("loss", "steps", "nats", [Line([1, 2], [2, 1], "큰")], [Mark(1, 2, "작은")])
-    write_png([drawn], tmp_path / "b.png", title="실행")
+    write_png([drawn], tmp_path / "b.png", of=["실행"])
     lines = {name: ([1.0, 2.0], [2.0, 1.0]) for name in ("큰", "작은")}
     for page in (
         frontier_svg(points, y="loss"),

@@ -82,18 +82,22 @@ def panel(drawn: Panel) -> str:
         return _svg(figure)
 
 
-def write_png(panels: Sequence[Panel], path: Path, *, title: str) -> None:
-    """All panels as one picture: the first over the whole width, the others in rows below it."""
+def write_png(panels: Sequence[Panel], path: Path, *, of: Sequence[str]) -> None:
+    """All panels as one picture: the first over the whole width, the others in rows below it.
+
+    Args:
+        of: the names of what is shown, which stand above it.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = 2 if len(panels) in (3, 5) else 3  # so that no row is left half empty
     rows = -(-(len(panels) - 1) // columns)
-    with writing([*_names(panels), title], _SETTINGS, svg=False) as written:
+    with writing([*of, *_names(panels)], _SETTINGS, svg=False) as written:
         figure = Figure(figsize=(13, 4.6 + 3.2 * rows), layout="constrained")
         FigureCanvasAgg(figure)
         grid = figure.add_gridspec(1 + rows, columns, height_ratios=[4.2, *[3.0] * rows])
-        figure.suptitle(written(title), x=0.01, ha="left", fontweight="bold")
+        figure.suptitle(", ".join(map(written, of)), x=0.01, ha="left", fontweight="bold")
         for number, each in enumerate(panels):
             place = grid[0, :] if number == 0 else grid[1 + (number - 1) // columns, (number - 1) % columns]
             axes = figure.add_subplot(place)

@@ -33,7 +33,7 @@ def write_report(runs: Sequence[History], page: Path, picture: Path, *, by: str 
     """
     panels = _panels(runs, by)
     with atomic_file(picture, replace=True) as path:
-        write_png(panels, path, title=", ".join(run.name for run in runs))
+        write_png(panels, path, of=[run.name for run in runs])
     with atomic_file(page, replace=True) as path:
         path.write_text(_page(runs, panels), encoding="utf-8")
 

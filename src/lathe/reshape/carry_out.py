@@ -52,6 +52,7 @@ from lathe.train.machine import pick_device
 
 log = logging.getLogger("lathe")
 
+_MORE = 1.05  # a file may lack a few tensors, which are made
 _PARTS = 1000  # of a healing that is not counted in steps
 _MANY_TIMES = 10  # that a text is read, and it is said
 
@@ -258,7 +259,7 @@ class Work:
         """Files of several types are read as the widest of them, and a cut may take more bytes than they do."""
         model = self.job.source.model
         wide = model.dtype.itemsize * sum(parameter.size for parameter in stored(model.architecture))
-        if wide > (held := _bytes_of(self.job)):
+        if wide > _MORE * (held := _bytes_of(self.job)):
             dtype = str(model.dtype).removeprefix("torch.")
             self.reporter.say(
                 f"{self.job.source.name} holds several types, and all of it is read and written as {dtype}: "
