@@ -72,6 +72,11 @@ def both(name: str, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return tuple(filled(each.generate(**inputs, **settings), n_prompt, ends, pad) for each in (ours, theirs))  # type: ignore[return-value]
 
 
+def combined(names: dict[str, Any]) -> list[tuple[str, str]]:
+    """Each pair but the two least lengths: a call may give one of them (transformers passes over the other)."""
+    return [pair for pair in itertools.combinations(names, 2) if set(pair) != {"min_new_tokens", "min_length"}]
+
+
 PAIRS = {name: twins(name) for name in TWINS}
 
 
@@ -86,7 +91,7 @@ def test_every_setting_alone(name: str, beams: dict[str, Any]) -> None:
 @pytest.mark.parametrize("place", range(4), ids=TWINS)
 def test_every_pair_of_settings_greedily(place: int) -> None:
     """Each pair with one of the encoder-decoders and one of the decoders, in turn."""
-    for one, two in list(itertools.combinations(FILTERS, 2))[place % 2 :: 2]:
+    for one, two in combined(FILTERS)[place % 2 :: 2]:
         ours, theirs = both(list(TWINS)[place], {one: FILTERS[one], two: FILTERS[two]})
         assert torch.equal(ours, theirs), (one, two)
 
@@ -95,7 +100,7 @@ def test_every_pair_of_settings_greedily(place: int) -> None:
 def test_every_pair_of_settings_with_beams(place: int) -> None:
     """Each pair with one of the four in turn; the settings of beams are among them."""
     several = {"length_penalty": 2.0, "early_stopping": "never", "num_return_sequences": 3, **FILTERS}
-    for one, two in list(itertools.combinations(several, 2))[place::4]:
+    for one, two in combined(several)[place::4]:
         ours, theirs = both(list(TWINS)[place], {"num_beams": 3, one: several[one], two: several[two]})
         assert torch.equal(ours, theirs), (one, two)
 
