@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import lathe
 from lathe.text.train import train_tokenizer
@@ -68,6 +69,7 @@ def test_the_result_is_within_the_budget_and_replays_without_measuring_again(cli
         (["--max-parameters", "1B"], "which is within it: nothing to cut"),
         (["--max-parameters", "4k", "--max-bytes", "9MB"], "max_parameters and max_bytes are two budgets: give one"),
         (["--max-bytes", "lots"], "max_bytes='lots': expected bytes"),
+        (["--max-parameters", "4k", "sharing=all", "remainder=2"], "and here a budget cuts more; give sharing=all"),
         (["d_ff=12", "--plan-only"], "--plan-only shows a budget's plan"),
         (["--max-bytes", "9kB", "max_bytes=9kB"], "max_bytes is set twice"),
     ],
@@ -78,6 +80,22 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(cli: Callable, here: P
     assert line in ran.err
     assert "Traceback" not in ran.err
     assert not Path("small").exists()
+
+
+def test_files_of_several_types_are_counted_as_they_are_and_what_they_become_is_said(cli: Callable, here: Path):
+    file = Path("gpt2/model.safetensors")
+    tensors = load_file(file)
+    mixed = {name: tensor.bfloat16() if tensor.ndim > 1 else tensor for name, tensor in tensors.items()}
+    save_file(mixed, file, metadata={"format": "pt"})
+    limit = str(file.stat().st_size)
+    text = ["--calibrate", "text.txt", "--device", "cpu", "calibrate.length=32", "calibrate.tokens=900"]
+    within = cli("resize", "gpt2", "small", "--max-bytes", limit, *text)
+    assert (within.code, "the model's files have " in within.err) == (2, True), within.err
+    ran = cli("resize", "gpt2", "small", "d_ff=12", *text)
+    assert ran.code == 0, ran.err
+    assert "gpt2 holds several types, and all of it is read and written as float32" in ran.err
+    again = cli("resize", "small", "smaller", "d_ff=8", *text)
+    assert (again.code, "several types" in again.err) == (0, False), again.err
 
 
 def test_a_budget_without_text_says_what_to_give(cli: Callable, here: Path):
