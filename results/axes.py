@@ -4,8 +4,9 @@
 
 Each cut is of the model that a run left, fitted on the run's training text; its validation perplexity over the
 parent's, without healing and healed with 5% of the tokens that the parent was trained on, or with other shares of them
-(`--heal 0.05,0.2`; `--heal ""` leaves that out). The table goes to stdout and to OUT.md; runs that were interrupted go
-on.
+(`--heal 0.05,0.2`; `--heal ""` leaves that out); beside it, models of those sizes that were trained from nothing on as
+many tokens (`--new 0.05,0.2`; 1 is the parent's whole budget). `--only sharing,d_embed` makes the cuts whose names
+begin so. The table goes to stdout and to OUT.md; runs that were interrupted go on.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from anew import perplexity_anew
 from parent import Ledger, Parent, copied, numbers, open_parent
 
 import lathe
@@ -30,26 +32,38 @@ def main() -> None:
     ledger = Ledger(given.out.with_suffix(".json"))
     fitted = [batch.inputs for batch in parent.sample(given.tokens)]
     whole = ledger.once("parent", parent.perplexity)
-    budgets = [round(part * parent.tokens) for part in given.heal if part]
+    budgets, news = ([round(part * parent.tokens) for part in parts if part] for parts in (given.heal, given.new))
     how = "".join(f", {name} {value}" for name in ("noise", "lr") if (value := getattr(given, name)))
     header = ["cut", "parameters", "unhealed", *(f"healed, {tokens:,} tokens" for tokens in budgets)]
+    header += [f"from nothing, {tokens:,} tokens" for tokens in news]
     lines = [
         f"{parent}, perplexity {whole:.3f}.",
         "",
         f"| {' | '.join(header)} |",
         "|---|" + "---:|" * (len(header) - 1),
     ]
-    for name, changes in _cuts(parent.model).items():
+    cuts = {name: changes for name, changes in _cuts(parent.model).items() if name.startswith(tuple(given.only))}
+    if not cuts:
+        raise SystemExit(f"no cut begins with any of {given.only}: they are {list(_cuts(parent.model))}")
+    for name, changes in cuts.items():
         cut = lathe.resize(parent.model, calibrate=fitted, own_form=True, **changes)
         cells = [name, f"{parameters_of(cut):,}"]
         cells.append(f"{ledger.once(name, parent.perplexity, cut) / whole:.3f}")
         for tokens in budgets:
-            folder = given.out / re.sub(r"[ =:,]+", "-", f"{name} {tokens}{how}")
+            folder = given.out / _key(f"{name} {tokens}{how}")
             healed = ledger.once(f"{name}, healed {tokens}{how}", _healed, parent, cut, tokens, given, folder)
             cells.append(f"{healed / whole:.3f}")
+        for tokens in news:
+            new = ledger.once(f"{name}, new {tokens}", perplexity_anew, parent, changes, tokens, given.out, _key(name))
+            cells.append(f"{new / whole:.3f}")
         lines.append(f"| {' | '.join(cells)} |")
         given.out.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(given.out.with_suffix(".md").read_text(encoding="utf-8"))
+
+
+def _key(text: str) -> str:
+    """A name that a directory can have."""
+    return re.sub(r"[ =:,]+", "-", text)
 
 
 def _cuts(model: lathe.Model) -> dict[str, dict[str, Any]]:
@@ -85,6 +99,8 @@ def _words() -> argparse.Namespace:
     words.add_argument("--tokens", type=int, default=24_000, help="how much text the cuts are fitted on")
     words.add_argument("--held-tokens", type=int, default=20_000, help="how much text all is measured on")
     words.add_argument("--heal", type=numbers, default=[0.05], help="shares of the parent's training tokens")
+    words.add_argument("--new", type=numbers, default=[], help="the same, of models from nothing")
+    words.add_argument("--only", type=lambda text: text.split(","), default=[""], help="how names of cuts begin")
     words.add_argument("--lr", type=float, help="of the healing; where left out, what lathe heals with")
     words.add_argument("--noise", type=float, default=0.0, help="share of the tokens that are swapped while it heals")
     words.add_argument("--out", type=Path, required=True, help="where the runs, OUT.json and OUT.md are kept")

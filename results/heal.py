@@ -13,21 +13,16 @@ in OUT, which goes on where it was interrupted; the table goes to stdout and to 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from parent import Ledger, Parent, asked, copied, numbers, open_parent, width
+from anew import Sizes, perplexity_anew
+from parent import Ledger, Parent, copied, numbers, open_parent, width
 
 import lathe
 from lathe.data.batch import Batch
 from lathe.reshape.heal import HealSettings, heal
 from lathe.reshape.measure import parameters_of
-from lathe.train.job import open_job
-from lathe.train.request import RunSettings, read_request
-
-Sizes = Mapping[str, Any]
 
 
 def main() -> None:
@@ -49,7 +44,7 @@ def main() -> None:
             folder = given.out / f"{key}-healed-{tokens}"
             found.append(ledger.once(f"{key} healed {tokens}", _healed, parent, cut, tokens, given, folder))
         for tokens in [*budgets.values(), *([parent.tokens] if given.whole else [])]:
-            found.append(ledger.once(f"{key} new {tokens}", _new, parent, sizes, tokens, given.out))
+            found.append(ledger.once(f"{key} new {tokens}", perplexity_anew, parent, sizes, tokens, given.out, key))
         cells = [label, f"{parameters_of(cut):,}", *(f"{each / whole:.3f}" for each in found)]
         rows.append(f"| {' | '.join(cells)} |")
         tokens_of = ", ".join(f"{name} are {tokens:,} tokens" for name, tokens in budgets.items())
@@ -88,38 +83,6 @@ def _healed(parent: Parent, cut: lathe.Model, tokens: int, given: argparse.Names
     settings = HealSettings(file="the run's own", tokens=tokens, save_every=200, **how)
     heal(model, parent.model, parent.batches(), settings, folder)
     return parent.perplexity(model)
-
-
-def _new(parent: Parent, sizes: Sizes, tokens: int, out: Path) -> float:
-    """Perplexity of a model that was trained from nothing; on the whole budget after whatever came before the run."""
-    first, start, key = _first_run(parent.request), None, _key(sizes)
-    if first is not None and tokens == parent.tokens:
-        start = _trained(first, sizes, first.tokens, out / f"{key}-first", None)
-    elif first is not None:
-        start, blank = out / f"{key}-start", parent.model.architecture.with_(sizes)
-        if not start.exists():
-            lathe.Model(blank, seed=0, tokenizer=parent.model.tokenizer).save(start)
-    return parent.perplexity(lathe.load(_trained(parent.request, sizes, tokens, out / f"{key}-new-{tokens}", start)))
-
-
-def _first_run(request: RunSettings) -> RunSettings | None:
-    """What the run was asked from whose checkpoint a run began; None where it began from nothing."""
-    asked_before = Path(request.model).parent.parent / "run.json"
-    if not asked_before.is_file():
-        return None
-    return read_request(json.loads(asked_before.read_text(encoding="utf-8")), {})
-
-
-def _trained(request: RunSettings, sizes: Sizes, tokens: int | None, folder: Path, start: Path | None) -> Path:
-    """The last checkpoint of a run at other sizes, from `start` or from nothing."""
-    changes: dict[str, Any] = {"tokens": tokens, "evaluate_every": None}
-    if tokens is not None:  # a short run rises as early in its time
-        steps = tokens // ((request.data.rows or 1) * request.data.length)
-        changes["schedule.warmup"] = min(request.schedule.warmup, steps // 10)
-    made = {f"architecture.{name}": size for name, size in sizes.items()}
-    changes |= made if start is None else {"model": str(start)}
-    open_job(asked(request, out=str(folder), **changes)).run(resume=folder.exists())
-    return folder / "checkpoints/last"
 
 
 def _words() -> argparse.Namespace:
