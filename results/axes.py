@@ -33,7 +33,7 @@ def main() -> None:
     fitted = [batch.inputs for batch in parent.sample(given.tokens)]
     whole = ledger.once("parent", parent.perplexity)
     budgets, news = ([round(part * parent.tokens) for part in parts if part] for parts in (given.heal, given.new))
-    how = "".join(f", {name} {value}" for name in ("noise", "lr") if (value := getattr(given, name)))
+    how = "".join(f", {name} {value}" for name in ("noise", "lr", "precision") if (value := getattr(given, name)))
     header = ["cut", "parameters", "unhealed", *(f"healed, {tokens:,} tokens" for tokens in budgets)]
     header += [f"from nothing, {tokens:,} tokens" for tokens in news]
     lines = [
@@ -88,7 +88,8 @@ def _cuts(model: lathe.Model) -> dict[str, dict[str, Any]]:
 
 def _healed(parent: Parent, cut: lathe.Model, tokens: int, given: argparse.Namespace, folder: Path) -> float:
     model = copied(cut)  # the cut itself stays as it is
-    settings = HealSettings(file="the run's own", tokens=tokens, lr=given.lr, noise=given.noise, save_every=200)
+    how = {"lr": given.lr, "noise": given.noise, "precision": given.precision or "auto"}
+    settings = HealSettings(file="the run's own", tokens=tokens, save_every=200, **how)
     heal(model, parent.model, parent.batches(), settings, folder)
     return parent.perplexity(model)
 
@@ -103,6 +104,7 @@ def _words() -> argparse.Namespace:
     words.add_argument("--only", type=lambda text: text.split(","), default=[""], help="how names of cuts begin")
     words.add_argument("--lr", type=float, help="of the healing; where left out, what lathe heals with")
     words.add_argument("--noise", type=float, default=0.0, help="share of the tokens that are swapped while it heals")
+    words.add_argument("--precision", choices=["fp32", "bf16"], help="of the healing's matrix products")
     words.add_argument("--out", type=Path, required=True, help="where the runs, OUT.json and OUT.md are kept")
     return words.parse_args()
 

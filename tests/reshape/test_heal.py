@@ -216,6 +216,34 @@ def test_the_rate_rises_for_a_twentieth_of_the_steps(asked: dict[str, Any], warm
     assert HealSettings(file="x", **asked).training().schedule.warmup == warmup
 
 
+def test_both_models_multiply_in_sixteen_bits_where_that_is_asked(parent: tuple[lathe.Model, Path]):
+    model, file = parent
+    small = lathe.resize(model, d_model=8, calibrate=file, refit=False)
+    settings = HealSettings(file=str(file), steps=6, rows=4, length=32, precision="bf16")
+    text = batches(model, settings.text)
+    distance = Distillation(model, weight=1.0)
+    before = evaluate(small, text.one_pass(4), loss_fn=distance).loss
+    seen: dict[str, set[torch.dtype]] = {"ours": set(), "the parent's": set()}
+
+    def watch(name: str) -> Any:
+        return lambda _module, _given, out: seen[name].add(out.dtype)
+
+    for name, each in (("ours", small), ("the parent's", model)):
+        linear = next(module for module in each.modules() if isinstance(module, torch.nn.Linear))
+        handle = linear.register_forward_hook(watch(name))
+        heal(small, model, batches(model, settings.text), settings)
+        handle.remove()
+        assert seen[name] == {torch.bfloat16}
+    assert {each.dtype for each in small.parameters()} == {torch.float32}
+    assert evaluate(small, text.one_pass(4), loss_fn=distance).loss < 0.9 * before
+
+
+def test_matrix_products_are_of_sixteen_bits_on_a_gpu_where_nothing_is_asked():
+    asked = [HealSettings(file="x"), HealSettings(file="x", precision="fp32"), HealSettings(file="x", precision="bf16")]
+    assert [each.training("cpu").precision for each in asked] == ["fp32", "fp32", "bf16"]
+    assert [each.training("cuda").precision for each in asked] == ["bf16", "fp32", "bf16"]
+
+
 def test_more_likeliest_tokens_than_there_are_is_refused_before_anything_is_read(
     parent: tuple[lathe.Model, Path], tmp_path: Path
 ):

@@ -11,7 +11,8 @@ steps are shares of each tensor's own size (Shazeer & Stern 2018, §8): one rate
 rate for one spoils another.
 
 Weights of 16 bits heal in float32 and are rounded once, at the end: most steps are smaller than the distance from one
-number of 16 bits to the next.
+number of 16 bits to the next. The matrix products of both models may be of 16 bits all the same (`precision`), as in
+training.
 
 A run lies in a directory and can be killed at any instant: called again, it goes on where the last checkpoint is
 (`lathe.train.fit`).
@@ -40,7 +41,7 @@ from lathe.train.loop import StepReport, train
 from lathe.train.loss import widened
 from lathe.train.records import METRICS
 from lathe.train.run import fit
-from lathe.train.settings import OptimizerSettings, SaveSettings, ScheduleSettings, TrainSettings
+from lathe.train.settings import OptimizerSettings, SaveSettings, ScheduleSettings, TrainSettings, chosen_precision
 
 _STEPS = 200
 _RATES = {"adafactor": 5e-3, "adamw": 1e-3}
@@ -66,6 +67,7 @@ class HealSettings(Spec):
     rows: int = size(2**20, default=16)
     accumulate: int = size(2**20, default=1)
     dropout: float = share(0.0)
+    precision: str = choice("auto", "fp32", "bf16", default="auto")  # of the matrix products; auto: bf16 on CUDA
     seed: int = size(2**32 - 1, least=0, default=0)
     stages: int | None = size(2, default=None)  # two where more than half of an axis goes, else one
     whole: int | None = size(2**60, default=None)  # a stage's: how many tokens all stages read, one after the other
@@ -127,8 +129,8 @@ class HealSettings(Spec):
             for one, other in zip(steps, tokens, strict=True)
         ]
 
-    def training(self) -> TrainSettings:
-        """The loop's settings: a short warm-up, a cosine down to nothing."""
+    def training(self, device_type: str = "cpu") -> TrainSettings:
+        """The loop's settings on a device of that type: a short warm-up, a cosine down to nothing."""
         expected = -(-self.most_tokens // self._tokens_a_step)
         return TrainSettings(
             steps=self.most_steps,
@@ -137,6 +139,7 @@ class HealSettings(Spec):
             schedule=ScheduleSettings(warmup=max(expected // 20, 1)),
             accumulate=self.accumulate,
             dropout=self.dropout,
+            precision=chosen_precision(self.precision, device_type),
             seed=self.seed,
             spike=None,  # the loss of a model that was just cut falls from high up
         )
@@ -197,8 +200,9 @@ def heal(
             noise=settings.noise,
             keep=batches.objective.special.ids,
         )
+        training = settings.training(model.device.type)
         if folder is None:
-            reports = train(model, batches, settings.training(), loss_fn=loss, on_step=on_step).steps
+            reports = train(model, batches, training, loss_fn=loss, on_step=on_step).steps
             done = Healing(reports[-1].step, reports[-1].tokens, [(each.step, each.loss) for each in reports])
         else:
 
@@ -210,7 +214,7 @@ def heal(
             fit(
                 model,
                 batches,
-                settings.training(),
+                training,
                 folder,
                 write_model=write,
                 save=SaveSettings(every=settings.save_every, keep=1),

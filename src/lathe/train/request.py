@@ -25,7 +25,7 @@ from lathe.adapt.settings import LoraSettings
 from lathe.architecture import ALIASES, Architecture
 from lathe.errors import RequestError
 from lathe.spec import Spec, choice, size, unknown
-from lathe.train.settings import SaveSettings, TrainSettings
+from lathe.train.settings import SaveSettings, TrainSettings, chosen_precision
 from lathe.train.text_scores import BLEU_TOKENIZERS
 
 
@@ -108,8 +108,7 @@ class RunSettings(TrainSettings):
     def training(self, device_type: str) -> TrainSettings:
         """The part of it that the loop needs, on a device of that type."""
         values = {name: getattr(self, name) for name in TrainSettings.field_names()}
-        if self.precision == "auto":
-            values["precision"] = "bf16" if device_type == "cuda" else "fp32"
+        values["precision"] = chosen_precision(self.precision, device_type)
         return TrainSettings(**values)
 
 

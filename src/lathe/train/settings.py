@@ -74,6 +74,13 @@ class TrainSettings(Spec):
                 raise RequestError(f"{name}={value}: expected more than 0, or none")
 
 
+def chosen_precision(asked: str, device_type: str) -> str:
+    """Of matrix products on a device of that type; "auto" is bf16 on CUDA and fp32 elsewhere."""
+    if asked != "auto":
+        return asked
+    return "bf16" if device_type == "cuda" else "fp32"
+
+
 @dataclass(frozen=True, kw_only=True)
 class SaveSettings(Spec):
     """When a checkpoint is written and how many stay."""
