@@ -36,6 +36,21 @@ def test_half_a_character_hides_no_text_and_is_none() -> None:
     assert [stop.completed(ids[:n]) for n in range(1, len(ids) + 1)].count("—") == 1
 
 
+@pytest.mark.parametrize("stop", ["한", "글", "글한", "한글한", "글 한", "be 한", "o 한글"])
+def test_characters_that_are_spelled_byte_by_byte_are_found_at_their_last_byte(stop: str) -> None:
+    """However long the row of bytes that they stand in, and not once more while the next one is half written."""
+    _, tokenizer = small("llama-3.1-8b")
+    text = "to 한글한글한글한글 한 be 한글 글"
+    ids = tokenizer.encode(text)
+    assert sum(piece.startswith("<0x") for piece in tokenizer.pieces(ids)) > 30
+    found = [n for n in range(1, len(ids) + 1) if StopStrings(tokenizer, [stop]).completed(ids[:n]) is not None]
+    ends = [end for end in range(1, len(text) + 1) if text[:end].endswith(stop)]
+    assert found == [len(tokenizer.encode(text[:end])) for end in ends]
+    rows = torch.tensor([ids[:n] for n in (found[-1],)])
+    assert StopStrings(tokenizer, [stop]).ends(rows, torch.tensor([0])).tolist() == [True]
+    assert StopStrings(tokenizer, [stop]).ends(rows[:, :-1], torch.tensor([0])).tolist() == [False]
+
+
 def test_pads_and_rows_are_told_apart() -> None:
     _, tokenizer = small("gpt2")
     one, two = tokenizer.encode("to be"), tokenizer.encode("the quick brown")

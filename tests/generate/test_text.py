@@ -114,6 +114,16 @@ def test_bytes_around_a_special_token_are_given_once_they_are_settled() -> None:
         assert "".join(pieces) == tokenizer.decode(ids, not keep)
 
 
+@pytest.mark.parametrize("times", [1, 2, 3, 8])
+def test_a_text_goes_on_after_a_prompt_that_ends_byte_by_byte(times: int) -> None:
+    _, tokenizer = small("llama-3.1-8b")
+    before, both = tokenizer.encode("to " + "한글" * times), tokenizer.encode("to " + "한글" * (times + 1))
+    assert both[: len(before)] == before
+    assert len(both) == len(before) + 6
+    chosen = (Step(torch.tensor([each]), torch.zeros(1), torch.tensor([False])) for each in both[len(before) :])
+    assert "".join(spelled(tokenizer, before, chosen)) == "한글"
+
+
 def test_gradients_are_the_callers_own_between_two_pieces() -> None:
     model, tokenizer = small("gpt2")
     pieces = stream(model, tokenizer, PROMPTS[0], max_new_tokens=3)

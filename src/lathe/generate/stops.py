@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lathe.generate.tail import is_byte, last_ids, whole_characters
 from lathe.text.tokenizer import Tokenizer
 
 # Tokens decoded in front of where the longest text may begin: one to be cut into, and a few that decode to nothing.
@@ -27,9 +28,9 @@ class StopStrings:
 
     def completed(self, ids: Sequence[int]) -> str | None:
         """The text that the last token completes."""
-        tail = list(ids[-self._reach :])
         # Special tokens count: a text may be one. The model's table may have more rows than there are tokens.
-        before, text = (self.tokenizer.decode(part, False, errors="replace") for part in (tail[:-1], tail))
+        tail = last_ids(self.tokenizer, ids, self._reach, skip=False)
+        before, text = whole_characters(self.tokenizer, tail[:-1]), self.tokenizer.decode(tail, False, errors="replace")
         differ = (place for place, (a, b) in enumerate(zip(before, text)) if a != b)
         known = next(differ, min(len(before), len(text)))
         for each in self.strings:
@@ -39,7 +40,10 @@ class StopStrings:
 
     def ends(self, ids_BT: Tensor, pads_B: Tensor) -> Tensor:
         """Which rows' last tokens complete one, B of bool."""
-        rows = zip(ids_BT[:, -self._reach :].tolist(), (pads_B - max(0, ids_BT.shape[1] - self._reach)).tolist())
+        start = max(0, ids_BT.shape[1] - self._reach)
+        if any(is_byte(self.tokenizer, number) for number in ids_BT[:, start].tolist()):
+            start = 0  # a row of bytes may begin anywhere
+        rows = zip(ids_BT[:, start:].tolist(), (pads_B - start).tolist())
         return torch.tensor(
             [self.completed(ids[max(0, pads) :]) is not None for ids, pads in rows], device=ids_BT.device
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,12 +13,12 @@ from lathe.generate.decode import decode, steps
 from lathe.generate.settings import Settings
 from lathe.generate.single import Step
 from lathe.generate.speculative import Speculation
+from lathe.generate.tail import last_ids, settled
 from lathe.generate.watch import Watch
 from lathe.model.transformer import Transformer
 from lathe.text.tokenizer import Tokenizer
 
 _CONTEXT = 8  # ids that a token is spelled after; more would change nothing, and take time at every token
-_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 @dataclass(frozen=True)
@@ -157,31 +156,15 @@ def spelled(
     given = 0
     for step in chosen:
         ids.append(int(step.tokens_B[0]))
-        settled = _settled(tokenizer, ids, skip=not keep_special_tokens)
+        known = settled(tokenizer, ids, skip=not keep_special_tokens)
         # An unfinished character decodes to the replacement character, which the next token may complete.
-        text = _added(tokenizer, before, settled, skip=not keep_special_tokens).rstrip("\ufffd")
+        text = _added(tokenizer, before, known, skip=not keep_special_tokens).rstrip("\ufffd")
         if len(text) > given:
             yield text[given:]
             given = len(text)
     text = _added(tokenizer, before, ids, skip=not keep_special_tokens)
     if len(text) > given:
         yield text[given:]
-
-
-def _settled(tokenizer: Tokenizer, ids: list[int], *, skip: bool) -> list[int]:
-    """The ids without those at the end that stand for single bytes (`<0x0A>`).
-
-    A special token that is skipped does not end a row of bytes: those after it are spelled together with those before.
-    """
-    known = len(ids)
-    while known and (_is_byte(tokenizer, ids[known - 1]) or (skip and ids[known - 1] in tokenizer.special_ids)):
-        known -= 1
-    return ids[:known]
-
-
-def _is_byte(tokenizer: Tokenizer, number: int) -> bool:
-    # The model's table may have more rows than the vocabulary has tokens.
-    return number < tokenizer.vocab_size and _BYTE.fullmatch(tokenizer.pieces([number])[0]) is not None
 
 
 def _read(
@@ -219,7 +202,7 @@ def is_empty(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> bool:
 
 def _added(tokenizer: Tokenizer, before: list[int], new: list[int], *, skip: bool) -> str:
     """The text of the new ids as it reads after the old ones: a first token may begin with a space."""
-    before = before[-_CONTEXT:]
+    before = last_ids(tokenizer, before, _CONTEXT, skip=skip)
     # The model's table may have more rows than the vocabulary has tokens.
     old, whole = (tokenizer.decode(ids, skip, errors="replace") for ids in (before, before + new))
     return whole[len(old) :] if whole.startswith(old) else tokenizer.decode(new, skip, errors="replace")
