@@ -254,6 +254,26 @@ def test_tokens_of_generation_are_taken_from_a_config_that_holds_them(tmp_path: 
     assert got[0, :2].tolist() == [7, 9]
 
 
+@pytest.mark.parametrize("saved_again", [False, True])
+def test_settings_of_generation_are_taken_from_a_config_that_holds_them(tmp_path: Path, saved_again: bool) -> None:
+    """As bart-large-cnn's does; what is saved of it says the same to `transformers`."""
+    TestMBart().make_twin(Variant(MLM, SHALLOW), tmp_path / "old")
+    (tmp_path / "old" / "generation_config.json").unlink()
+    held = {"max_length": 12, "min_length": 7, "num_beams": 3, "no_repeat_ngram_size": 2, "length_penalty": 2.0}
+    config = {**read_json(tmp_path / "old" / "config.json"), **held, "early_stopping": True, "suppress_tokens": [5, 9]}
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    ids = torch.tensor([[5, 6, 2], [11, 4, 2]])
+    stock = transformers.AutoModelForSeq2SeqLM
+    expected = stock.from_pretrained(tmp_path / "old").generate(ids)
+    assert expected.shape[1] > 5
+    model = lathe.load(tmp_path / "old")
+    if saved_again:
+        model.save(tmp_path / "new")
+        assert torch.equal(stock.from_pretrained(tmp_path / "new").generate(ids), expected)
+        model = lathe.load(tmp_path / "new")
+    assert torch.equal(model.generate(ids), expected)
+
+
 def test_a_model_with_a_table_for_each_stack_is_refused() -> None:
     config = transformers.BartConfig(**UNTIED)
     model = transformers.BartForConditionalGeneration(config)

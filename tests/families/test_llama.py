@@ -152,6 +152,11 @@ def test_missing_keys_mean_what_the_stock_class_makes_of_them(name: str) -> None
     assert read_config({"model_type": name}) == read_config(config.to_dict())
 
 
+def test_a_negative_padding_id_is_none() -> None:
+    """As the first conversions wrote it."""
+    assert read_config({**SMALL, "model_type": "llama", "pad_token_id": -1}).tokens.pad is None
+
+
 @pytest.mark.parametrize("name", ["llama-2-7b", "llama-3.1-405b", "mistral-7b", "qwen2-0.5b", "qwen2-7b"])
 def test_every_preset_fits_its_family(name: str) -> None:
     preset = lathe.preset(name)

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 
 import lathe
+from lathe.checkpoint.load import GENERATION_KEYS
 from lathe.errors import RequestError
 from lathe.generate import Settings
+from lathe.generate.settings import NEUTRAL, NO_TOKEN
 
 GPT2 = lathe.preset("gpt2")
 T5 = lathe.preset("t5-small")
@@ -80,6 +82,24 @@ def test_settings_of_transformers_that_do_nothing_are_let_through() -> None:
     assert resolve({}, {**stored, "transformers_version": "4.57.0", "top_k": 0, "do_sample": True}).top_k is None
 
 
+def test_stored_settings_that_change_no_token_are_passed_over() -> None:
+    """As fine-tuning with gradient checkpointing leaves `use_cache`, and the first Llama files have no padding."""
+    stored = {"use_cache": False, "output_scores": True, "return_dict_in_generate": True, "pad_token_id": -1}
+    assert resolve({}, stored).pad_token_id is None
+
+
+def test_a_stored_id_outside_the_vocabulary_says_where_it_is() -> None:
+    with pytest.raises(RequestError, match=r"eos_token_id=60000: .* it is stored with the model: pass another eos"):
+        resolve({}, {"eos_token_id": [2, 60000]})
+    assert resolve({"eos_token_id": 2}, {"eos_token_id": [2, 60000]}).eos_token_id == (2,)
+
+
+def test_settings_of_older_configs_are_all_that_there_are() -> None:
+    held_by_the_architecture = {"eos_token_id", "pad_token_id", "bos_token_id"}
+    known = {*Settings.field_names(), *NEUTRAL} - NO_TOKEN - held_by_the_architecture - {"seed"}
+    assert known == set(GENERATION_KEYS)
+
+
 def test_stored_settings_that_lathe_does_not_do_are_refused_by_name_and_can_be_turned_off() -> None:
     stored = {"penalty_alpha": 0.6, "guidance_scale": 3, "early_stopping": True}
     with pytest.raises(RequestError) as error:
@@ -150,8 +170,8 @@ def test_stored_settings_that_nobody_knows_are_passed_over_with_a_warning(caplog
         ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size=-1"),
         ({"bad_words_ids": [5]}, "bad_words_ids=[5]: expected a list, each of it a list, each of it a whole number"),
         ({"bad_words_ids": [[]]}, "bad_words_ids holds an empty list"),
-        ({"bad_words_ids": [[3, 50257]]}, "bad_words_ids=50257: expected an id below vocab_size=50,257"),
-        ({"suppress_tokens": [-1]}, "suppress_tokens=-1: expected an id below"),
+        ({"bad_words_ids": [[3, 50257]]}, "bad_words_ids=50257: expected an id from 0 to 50,256"),
+        ({"suppress_tokens": [-1]}, "suppress_tokens=-1: expected an id from 0 to"),
         ({"begin_suppress_tokens": [60000]}, "begin_suppress_tokens=60000"),
         ({"forced_eos_token_id": 4, "suppress_tokens": [4]}, "forced_eos_token_id=4 is among suppress_tokens"),
         ({"stop_strings": [""]}, "stop_strings holds an empty text"),
@@ -180,7 +200,7 @@ def test_stored_settings_that_nobody_knows_are_passed_over_with_a_warning(caplog
         ({"seed": -1}, "seed=-1: expected a whole number from 0"),
         ({"seed": [1, 2**63]}, f"seed={2**63}"),
         ({"seed": "one"}, "seed='one'"),
-        ({"eos_token_id": 50257}, "eos_token_id=50257: expected an id below vocab_size=50,257"),
+        ({"eos_token_id": 50257}, "eos_token_id=50257: expected an id from 0 to 50,256"),
         ({"eos_token_id": [3, -1]}, "eos_token_id=-1"),
         ({"eos_token_id": "end"}, "eos_token_id='end'"),
         ({"pad_token_id": 60000}, "pad_token_id=60000"),

@@ -146,14 +146,27 @@ def _codes(reader: Reader | OwnReader, source: CompressedSource) -> dict[str, Co
     return found
 
 
-# Tokens of generation that older configs hold, from before the settings had a file of their own.
-_GENERATION_TOKENS = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
+# Settings of generation that older configs hold, from before they had a file of their own; `transformers` still reads
+# them there. The tokens that the architecture holds are not among them.
+GENERATION_KEYS = (
+    "decoder_start_token_id",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    *("max_new_tokens", "max_length", "min_new_tokens", "min_length", "stop_strings", "max_time"),
+    *("do_sample", "temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+    *("num_return_sequences", "num_beams", "num_beam_groups", "diversity_penalty", "length_penalty", "early_stopping"),
+    *("repetition_penalty", "encoder_repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "renormalize_logits"),
+    *("suppress_tokens", "begin_suppress_tokens", "sequence_bias", "force_words_ids", "constraints"),
+    *("exponential_decay_length_penalty", "penalty_alpha", "guidance_scale", "watermarking_config"),
+    *("remove_invalid_values", "token_healing", "dola_layers", "prompt_lookup_num_tokens"),
+)
 
 
 def _generation(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     if (directory / GENERATION).is_file():
         return _json(directory / GENERATION)
-    return {key: config[key] for key in _GENERATION_TOKENS if config.get(key) is not None}
+    return {key: config[key] for key in GENERATION_KEYS if config.get(key) is not None}
 
 
 def of_one_type(reader: Reader | OwnReader, source: TypedSource) -> Parameters:

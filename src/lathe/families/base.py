@@ -215,9 +215,12 @@ def label_names(n: int) -> dict[str, Any]:
 def token(config: Config, key: str, vocab_size: int, default: int | None = None) -> Any:
     """A config's token id, or ids, as written; `default`, the stock class's, where the key is missing.
 
-    A default outside the vocabulary is no token: stock configs of small vocabularies carry it unasked.
+    A default outside the vocabulary is no token: stock configs of small vocabularies carry it unasked. Nor is a
+    negative number, as the first Llama files have for padding.
     """
     value = config.get(key, default)
+    if type(value) is int and value < 0:
+        return None
     return None if value == default and default is not None and default >= vocab_size else value
 
 

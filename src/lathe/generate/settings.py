@@ -50,6 +50,18 @@ NEUTRAL: dict[str, Any] = {
     "output_hidden_states": False,
 }
 
+# Those of them that change no token: where they are stored they are passed over, and refused where they are asked for.
+NO_TOKEN = frozenset(
+    {
+        "use_cache",
+        "return_dict_in_generate",
+        "output_scores",
+        "output_logits",
+        "output_attentions",
+        "output_hidden_states",
+    }
+)
+
 # Stored settings that change no token here: about the file, or about how a step is computed.
 PASSED_OVER = frozenset(
     {
@@ -260,7 +272,7 @@ class Settings(Spec):
             if type(values.get(name)) is one:
                 values[name] = (values[name],)
         settings = cls(**values)
-        settings._check_tokens(architecture.embedding.vocab_size)
+        settings._check_tokens(architecture.embedding.vocab_size, asked)
         return settings
 
     @property
@@ -268,14 +280,15 @@ class Settings(Spec):
         """What stands in a row after its end."""
         return self.pad_token_id if self.pad_token_id is not None else self.eos_token_id[0] if self.eos_token_id else 0
 
-    def _check_tokens(self, vocab_size: int) -> None:
+    def _check_tokens(self, vocab_size: int, asked: Mapping[str, Any]) -> None:
         for name in self.field_names():
             if not name.endswith(("_token_id", "suppress_tokens", "bad_words_ids")):
                 continue
             given = _as_tuple(getattr(self, name))
             for token in itertools.chain.from_iterable(_as_tuple(each) for each in given):
                 if not 0 <= token < vocab_size:
-                    raise RequestError(f"{name}={token}: expected an id below vocab_size={vocab_size:,}")
+                    remedy = "" if name in asked else f"; it is stored with the model: pass another {name}"
+                    raise RequestError(f"{name}={token}: expected an id from 0 to {vocab_size - 1:,}{remedy}")
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
@@ -297,13 +310,15 @@ def turned_off(stored: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: NEUTRAL[name]
         for name, value in stored.items()
-        if name in NEUTRAL and value is not None and value != NEUTRAL[name]
+        if name in NEUTRAL and name not in NO_TOKEN and value is not None and value != NEUTRAL[name]
     }
 
 
 def _usable(stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The stored settings that are Lathe's, after refusing those that would change the text and are not."""
     values = {name: value for name, value in stored.items() if value is not None}
+    if _is_negative(values.get("pad_token_id")):
+        del values["pad_token_id"]  # as the first Llama files write that there is none
     undone = {name: value for name, value in turned_off(stored).items() if name not in given}
     if undone:
         asks = ", ".join(f"{name}={stored[name]}" for name in undone)
@@ -317,6 +332,10 @@ def _usable(stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, An
     if usable.get("top_k") == 0:
         usable["top_k"] = None  # as stored files write "every token"
     return usable
+
+
+def _is_negative(value: Any) -> bool:
+    return type(value) is int and value < 0
 
 
 def _off(name: str) -> Any:
