@@ -77,6 +77,37 @@ def test_groups_are_the_papers_algorithm(model: lathe.Model, groups: int, penalt
         torch.testing.assert_close(found.scores_R[4 * row : 4 * row + 4], scores, rtol=1e-4, atol=1e-4)
 
 
+def singly(model: lathe.Model, prompt: Tensor, groups: int, penalty: float, length: int, ends: set[int]) -> set[Any]:
+    """Groups of one beam, each until its likeliest token is one that ends it; then it chooses nothing any more."""
+    held: list[list[int]] = [[] for _ in range(groups)]
+    for _ in range(length):
+        taken = torch.zeros(VOCABULARY)
+        for text in held:
+            if text and text[-1] in ends:
+                continue
+            scores = next_log_probs(model, prompt, text) - penalty * taken
+            going_on = scores.clone()
+            going_on[list(ends)] = -torch.inf
+            taken[int(going_on.argmax())] += 1
+            text.append(int(scores.argmax()))
+    return {tuple(text) for text in held}
+
+
+def test_a_group_that_has_its_text_pushes_the_others_nowhere() -> None:
+    model, ends = sampler("t5"), [*range(5, 30, 3)]
+    asked: dict[str, Any] = {"num_beams": 4, "num_beam_groups": 4, "diversity_penalty": 5.0, "num_return_sequences": 4}
+    asked |= {"early_stopping": True, "max_new_tokens": 8, "eos_token_id": ends, "forced_eos_token_id": None}
+    prompts = torch.randint(5, VOCABULARY, (24, 4), generator=torch.Generator().manual_seed(0))
+    found = decode(model, prompts, **asked)
+    early = 0
+    for row, prompt in enumerate(prompts):
+        new = found.sequences_RT[4 * row : 4 * row + 4, found.n_prompt :].tolist()
+        cut = {tuple(text[: 1 + next((at for at, each in enumerate(text) if each in ends), 8)]) for text in new}
+        assert cut == singly(model, prompt[None], 4, 5.0, 8, {*ends})
+        early += len({len(text) for text in cut}) > 1
+    assert early > 5
+
+
 @pytest.mark.parametrize(
     "settings",
     [

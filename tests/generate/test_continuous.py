@@ -370,7 +370,7 @@ def test_a_part_of_a_cache_is_the_same_memory() -> None:
         ([[5]], {"num_beams": 2, "suppress_tokens": list(range(VOCABULARY))}, "leave row 0 no token"),
         ([[5]], {"num_beams": 2, "num_return_sequences": 3}, "expected at most num_beams=2"),
         ([[5]], {"slots": 0}, "slots=0: expected at least 1"),
-        ([[5] * 30, [6]], {"max_new_tokens": 9}, "more than this model's 32 positions"),
+        ([[6], [5] * 30], {"max_new_tokens": 9}, "prompt 2 has 30 tokens: .* more than this model's 32 positions"),
         ([[5], [6]], {"seed": (1,), "do_sample": True}, "1 seeds for 2 prompts"),
         ([[5], [6]], {"suppress_tokens": list(range(VOCABULARY))}, "leave row 0 no token"),
     ],
@@ -378,6 +378,15 @@ def test_a_part_of_a_cache_is_the_same_memory() -> None:
 def test_what_cannot_be_is_refused(texts: list[list[int]], how: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         decode_rows(model_of("gpt2"), texts, **how)
+
+
+def test_a_source_that_is_too_long_is_refused_before_any_row_is_decoded() -> None:
+    model = model_of("bart")
+    assert model.architecture.encoder is not None
+    most = model.architecture.encoder.positions.limit
+    assert most is not None
+    with pytest.raises(RequestError, match=f"prompt 3 has {most + 1} tokens, more than this model's {most} positions"):
+        rows_as_finished(model, [[5], [6, 7], [8] * (most + 1)], slots=1, max_new_tokens=2)
 
 
 def test_stop_strings_and_models_are_left_as_they_were() -> None:

@@ -271,13 +271,30 @@ def test_a_prompt_of_whatever_length_the_positions_hold(gpt2: lathe.Model) -> No
     assert gpt2.generate(prompt, max_new_tokens=3).shape == (1, 33)
     assert gpt2.generate(prompt).shape[1] <= 32
     with pytest.raises(
-        RequestError, match="prompt of 30 tokens and 4 new ones are more than this model's 32 positions"
+        RequestError, match="the prompt has 30 tokens: with 4 new ones they are more than this model's 32 positions"
     ):
         gpt2.generate(prompt, max_new_tokens=4)
     with pytest.raises(RequestError, match="at most 0 new ones fit"):
         gpt2.generate(torch.full((1, 33), 5), max_new_tokens=1)
-    with pytest.raises(RequestError, match="leaves no room"):
+    with pytest.raises(RequestError, match="33 tokens, which leaves no room within the model's 32 positions; use a"):
         gpt2.generate(torch.full((1, 33), 5))
+
+
+def test_pads_take_no_room(gpt2: lathe.Model) -> None:
+    """20 tokens of 40 columns: as much is added as to the row alone, and is the same."""
+    row = torch.arange(5, 25)[None]
+    padded, mask = torch.cat((torch.zeros_like(row), row), 1), torch.cat((torch.zeros_like(row), row**0), 1)
+    alone = gpt2.generate(row, eos_token_id=None, pad_token_id=0)
+    assert alone.shape == (1, 32)
+    assert torch.equal(gpt2.generate(padded, mask, eos_token_id=None, pad_token_id=0)[:, 20:], alone)
+
+
+def test_a_prompt_past_the_length_that_a_rotary_model_names_says_how_to_go_on() -> None:
+    sizes: dict[str, Any] = {"d_model": 8, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "d_head": 4, "d_ff": 8}
+    model = lathe.Model(lathe.preset("llama-2-7b").with_({**sizes, "vocab_size": 30, "max_positions": 16}), seed=0)
+    with pytest.raises(RequestError, match="no room within the model's 16 positions; pass max_new_tokens or shorten"):
+        model.generate(torch.full((1, 16), 5))
+    assert model.generate(torch.full((1, 16), 5), max_new_tokens=3, eos_token_id=None).shape == (1, 19)
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,12 @@ RICH = """\
     {% set names.count = names.count + 1 %}
 <{{ message.role }} n="{{ names.count }}">{{ message | tojson }}
     {% if message.role == "assistant" %}
+        {% set tone = "kind" %}
         {% generation %}
-{{ message.content }}{{ eos_token }}
+            {% set tone = "strict" %}
+{{ message.content }}{{ tone }}{{ eos_token }}
         {% endgeneration %}
+{{ tone }}
     {% endif %}
     {% if loop.index > 5 %}{% break %}{% endif %}
 {% endfor %}

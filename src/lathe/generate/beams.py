@@ -279,14 +279,18 @@ class Searches:
         scores_PGNV, log_probs_PGNV = scores_BV.view(shape), log_probs_BV.view(shape)
         parents: list[Tensor] = []
         chosen: list[Tensor] = []
+        going_on: list[Tensor] = []  # of each of `chosen`: a group that has its texts already counts no more
         for number, group in enumerate(self.groups):
             scores_PNV = scores_PGNV[:, number]
             if chosen:
-                scores_PNV = scores_PNV - self.settings.diversity_penalty * _times(torch.cat(chosen, 1), scores_PNV)
+                times_P1V = _times(torch.cat(chosen, 1), torch.cat(going_on, 1), scores_PNV)
+                scores_PNV = scores_PNV - self.settings.diversity_penalty * times_P1V
+            over_P1 = group.over_P[:, None]
             given = log_probs_PGNV[:, number], u_PK, ends, range(prompts) if names is None else names
             parents_PN, tokens_PN = group.advance(scores_PNV, *given)
             parents.append(parents_PN + number * group.size)
             chosen.append(tokens_PN)
+            going_on.append(~over_P1.expand_as(tokens_PN))
         first_P1 = torch.arange(prompts, device=scores_BV.device)[:, None] * self.settings.num_beams
         return (first_P1 + torch.cat(parents, 1)).flatten(), torch.cat(chosen, 1).flatten()
 
@@ -353,7 +357,7 @@ def search(task: Task) -> Texts:
     return searches.best(range(prompts), range(prompts))
 
 
-def _times(tokens_PX: Tensor, like_PNV: Tensor) -> Tensor:
-    """How often each token stands among the ones chosen, P × 1 × V."""
+def _times(tokens_PX: Tensor, counted_PX: Tensor, like_PNV: Tensor) -> Tensor:
+    """How often each token stands among those that count, P × 1 × V."""
     counts_PV = torch.zeros_like(like_PNV[:, 0])
-    return counts_PV.scatter_add_(1, tokens_PX, torch.ones_like(tokens_PX, dtype=counts_PV.dtype))[:, None]
+    return counts_PV.scatter_add_(1, tokens_PX, counted_PX.to(counts_PV.dtype))[:, None]

@@ -158,13 +158,16 @@ def _prompts(model: Transformer, prompts: Sequence[Sequence[int]], settings: Set
     if not prompts:
         raise RequestError("there is no prompt; give at least one row of token ids")
     found: list[_Start] = []
+    encoder, vocab_size = model.architecture.encoder, model.architecture.embedding.vocab_size
+    most = None if encoder is None else encoder.positions.limit
     for number, ids in enumerate(prompts):
-        given = torch.tensor([list(ids)], dtype=torch.long)
-        vocab_size = model.architecture.embedding.vocab_size
-        read = make_prompt(f"prompt {number + 1}", given, torch.ones_like(given), settings, vocab_size, model.device)
-        if model.encoder is None:
-            found.append(_Start(read, None, room(read, settings, model.architecture)))
+        given, name = torch.tensor([list(ids)], dtype=torch.long), f"prompt {number + 1}"
+        read = make_prompt(name, given, torch.ones_like(given), settings, vocab_size, model.device)
+        if encoder is None:
+            found.append(_Start(read, None, room(read, settings, model.architecture, name)))
             continue
+        if most is not None and read.longest > most:
+            raise RequestError(f"{name} has {read.longest} tokens, more than this model's {most} positions: shorten it")
         first = settings.decoder_start_token_id
         token = first if first is not None else settings.bos_token_id
         begun = start(1, "decoder_start_token_id", token, model.device)

@@ -1,7 +1,7 @@
 """What stands in a row so far, and the filters that judge a token by it.
 
 A row's text is its prompt and what was added; pads are no part of it, so a row is judged alike alone and in any
-batch. (`transformers` counts a short row's pads as text for n-grams and for the penalties by a factor.)
+batch. (`transformers` counts a short row's pads as text for n-grams, and those of a source for its penalty.)
 
 - A penalty makes tokens that are there already less likely: by a factor on the logit (`repetition`, Keskar et al.
   2019, §4.1), or by an amount once (`presence`) or for each time (`frequency`), as OpenAI's API defines the two.

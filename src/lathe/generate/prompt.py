@@ -100,31 +100,34 @@ def with_start(prompt: Prompt, token: int | None) -> Prompt:
     return Prompt(torch.cat((first_B1, prompt.ids_BT), 1), torch.cat((torch.ones_like(first_B1), prompt.mask_BT), 1))
 
 
-def room(prompt: Prompt, settings: Settings, architecture: Architecture) -> int:
+def room(prompt: Prompt, settings: Settings, architecture: Architecture, name: str = "the prompt") -> int:
     """How many tokens to add at most.
+
+    Args:
+        name: what the caller calls the prompt, for the error's sake.
 
     Raises:
         RequestError: the prompt leaves no room, or the positions do not reach.
     """
     assert architecture.decoder is not None
-    positions = architecture.decoder.positions
+    positions, counted = architecture.decoder.positions, prompt.longest
     if settings.max_new_tokens is not None:
         wanted, limit = settings.max_new_tokens, f"max_new_tokens={settings.max_new_tokens}; raise it"
     elif settings.max_length is not None:
-        wanted, limit = settings.max_length - prompt.columns, f"max_length={settings.max_length}; raise it"
+        counted = prompt.columns
+        wanted, limit = settings.max_length - counted, f"max_length={settings.max_length}; raise it"
     else:
         wanted, limit = DEFAULT_NEW_TOKENS, ""
         if positions.max_positions is not None:
-            wanted = min(wanted, positions.max_positions - prompt.columns)
-            limit = f"the model's {positions.max_positions} positions; use a model with more"
+            wanted = min(wanted, positions.max_positions - counted)
+            remedy = "pass max_new_tokens" if positions.limit is None else "use a model with more"
+            limit = f"the model's {positions.max_positions} positions; {remedy}"
     if wanted < 1:
-        raise RequestError(
-            f"the prompt has {prompt.columns} tokens, which leaves no room within {limit} or shorten the prompt"
-        )
+        raise RequestError(f"{name} has {counted} tokens, which leaves no room within {limit} or shorten the prompt")
     # The last new token is never read, so it needs no position.
     if positions.limit is not None and prompt.longest + wanted - 1 > positions.limit:
         raise RequestError(
-            f"a prompt of {prompt.longest} tokens and {wanted} new ones are more than this model's "
+            f"{name} has {prompt.longest} tokens: with {wanted} new ones they are more than this model's "
             f"{positions.limit} positions; at most {max(0, positions.limit - prompt.longest + 1)} new ones fit"
         )
     return wanted

@@ -166,9 +166,11 @@ def _environment() -> jinja2.Environment:
 
         tags = {"generation"}  # noqa: RUF012 - as jinja declares it
 
-        def parse(self, parser: Parser) -> list[nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            # What is set in it is gone after it, as in `transformers`, which calls it like a macro.
+            return nodes.Scope(body).set_lineno(line)
 
     def refuse(message: str) -> NoReturn:
         raise TemplateError(message)
