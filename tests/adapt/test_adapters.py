@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +73,18 @@ def test_a_sum_of_adapters_adds_their_updates(drawn):
     alone = model(**batch).logits
     set_active(model, "a")
     torch.testing.assert_close(model(**batch).logits, alone, rtol=1e-6, atol=1e-8)
+
+
+def test_what_is_of_another_kind_is_refused_by_name() -> None:
+    model = lathe.Model(lathe.preset("gpt2").with_(d_model=24, n_heads=2, d_head=12, d_ff=48, n_layers=1), seed=0)
+    settings: Any = {"rank": 2}
+    with pytest.raises(RequestError, match=r"settings is a dict: expected LoraSettings; LoraSettings.from_dict"):
+        add_lora(model, settings)
+    add_lora(model, LoraSettings(rank=2), name="a")
+    weights: Any
+    for weights, says in ((["a"], "weights is a list"), ({"a": "1"}, "'a' is '1'"), ({"a": True}, "'a' is True")):
+        with pytest.raises(RequestError, match=says):
+            combine(model, weights, name="b")
 
 
 def test_training_touches_the_adapter_alone() -> None:

@@ -111,6 +111,26 @@ def test_ranks_and_alphas_of_single_modules_are_kept(tmp_path: Path) -> None:
     close(logits(opened(base, tmp_path / "ours")), logits(theirs))
 
 
+def test_a_pattern_is_for_the_name_that_the_adapter_s_own_model_had(tmp_path: Path) -> None:
+    """`^` holds on to the beginning of a name, which a class without a head has no prefix in front of."""
+    whole = stock("bert")
+    patterns = {"alpha_pattern": {"^encoder.layer.0.attention.self.query": 64}}
+    theirs = adapted(whole.base_model, ["query"], **patterns)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = lathe.load(whole)
+    load_adapter(ours, tmp_path / "theirs")
+    layers: list[Any] = [ours.get_submodule(f"encoder.attention.{layer}.q") for layer in (0, 1)]
+    asked = theirs.peft_config["default"]
+    assert [layer.adapters["default"].scale for layer in layers] == [64 / asked.r, asked.lora_alpha / asked.r]
+
+
+def test_parts_of_one_stock_module_are_adapted_or_trained_whole_but_not_both() -> None:
+    ours = lathe.load(stock("gpt2"))
+    with pytest.raises(RequestError, match=r"attention.0.v is among targets and .*0.q among whole, .* \(.*c_attn\)"):
+        add_lora(ours, LoraSettings(rank=2, targets="*.attention.*.v", whole="*.attention.*.q"))
+    assert not any(".adapters." in name for name, _ in ours.named_parameters())
+
+
 def test_an_adapter_of_some_layers_alone(tmp_path: Path) -> None:
     base = stock("bert")
     theirs = adapted(base, ["query", "key"], layers_to_transform=[1], exclude_modules=["key"])

@@ -67,6 +67,24 @@ def test_an_adapter_is_saved_loaded_and_taken_off(tmp_path: Path):
     assert type(fresh.get_submodule("decoder.attention.0.q")) is QuantizedLinear
 
 
+def test_a_matrix_in_codes_is_not_trained_whole() -> None:
+    model = quantised()
+    with pytest.raises(RequestError, match=r"feed_forward.0.up is quantised here, .* quantise it with --keep"):
+        add_lora(model, LoraSettings(rank=4, targets="heads", whole="decoder.feed_forward.0.up"))
+    assert all(".adapters." not in name for name, _ in model.named_parameters())
+
+
+def test_what_is_done_to_a_quantised_model_is_not_done_to_its_source() -> None:
+    sizes = {"d_model": 32, "n_heads": 2, "d_head": 16, "d_ff": 48, "n_layers": 1, "vocab_size": 40}
+    source = lathe.Model(lathe.preset("gpt2").with_(sizes), seed=0)
+    before = {name: tensor.clone() for name, tensor in source.tensors().items()}
+    model = lathe.quantize(source, keep=["decoder.attention.0"])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in source.tensors().items())
+
+
 def test_nothing_is_folded_into_codes(tmp_path: Path):
     model = quantised()
     add_lora(model, LoraSettings(rank=4))

@@ -143,6 +143,21 @@ def test_without_text_it_says_that_nothing_was_measured(cli: Callable, here: Pat
     assert "int8 activations" in Path("q/README.md").read_text(encoding="utf-8")
 
 
+def test_a_classifier_has_no_loss_on_text_and_keeps_none_apart(cli: Callable, here: Path):
+    base = lathe.load("bert")
+    shape = base.architecture.with_({"head": lathe.preset("bert-base-uncased", "classification").head.to_dict()})
+    tensors = base.tensors()
+    drawn = lathe.Model(shape, seed=0).tensors()
+    kept = {name: tensors.get(name, tensor) for name, tensor in drawn.items()}
+    lathe.Model(shape, kept, tokenizer=base.tokenizer).save("classifier")
+    for given, says in (("--data", "held.txt"), ("--calibrate", "text.txt")):
+        ran = cli("quantize", "classifier", f"q{given}", given, says)
+        assert ran.code == 0, ran.err
+        assert "The loss was not measured: this model predicts no tokens; lathe evaluate measures" in ran.out
+        assert "measured on" not in Path(f"q{given}", "README.md").read_text(encoding="utf-8")
+    assert "codes chosen on: text.txt: 40 documents" in Path("q--calibrate/README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

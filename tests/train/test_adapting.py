@@ -18,6 +18,7 @@ import transformers
 from safetensors.torch import load_file
 
 import lathe
+from lathe.adapt import save_adapter
 from lathe.adapt.opening import base_of, is_adapter, open_adapted
 from lathe.errors import RequestError
 from lathe.text.train import train_tokenizer
@@ -78,7 +79,7 @@ def test_a_run_leaves_an_adapter_that_opens_everywhere_and_a_base_as_it_was(cli:
     assert digest(made / "gpt2") == before
     assert not (last / "model.safetensors").exists()
     assert is_adapter(last)
-    assert base_of(last) == "./gpt2"
+    assert base_of(last) == str(here / "gpt2")  # from wherever it is opened
     weights = Path("gpt2/model.safetensors").stat().st_size
     assert (last / "adapter_model.safetensors").stat().st_size < weights / 2
 
@@ -141,6 +142,39 @@ def test_a_new_head_is_trained_whole_and_travels_with_the_adapter(cli: Callable,
     assert "belongs to no linear layer of this model" in cli("evaluate", last, "data=reviews.tsv").err
 
 
+def test_an_adapter_that_was_opened_and_saved_again_opens(cli: Callable, here: Path):
+    task = ["objective=classification", "steps=2", "head=classification", "adapter.rank=2", "out=run"]
+    assert cli("train", "./bert", *DATA[1:], "data.train=reviews.tsv", *task).code == 0
+    model = lathe.load("run/checkpoints/last")
+    save_adapter(model, here / "again", base_model=str(here / "bert"))
+    with torch.no_grad():
+        assert torch.equal(lathe.load("again")(IDS).logits, model(IDS).logits)
+
+
+def test_a_new_head_is_trained_on_a_quantised_base_and_opens_there(cli: Callable, here: Path):
+    assert cli("quantize", "./bert", "small").code == 0
+    task = ["objective=classification", "steps=2", "head=classification", "adapter.rank=2", "out=run"]
+    ran = cli("train", "./small", *DATA[1:], "data.train=reviews.tsv", *task)
+    assert ran.code == 0, ran.err
+    found = cli("evaluate", "run/checkpoints/last", "data=reviews.tsv", "data.cache=none", "--json")
+    assert found.code == 0, found.err
+    assert 0 < json.loads(found.out)["loss"] < 5
+
+
+def test_what_layers_keep_of_themselves_is_trained_on_and_opens(cli: Callable, here: Path):
+    """`remainder` gives each layer that shares its weights a part of its own: an adapter on unshared layers."""
+    made = cli("resize", "./bert", "shared", "sharing=all", "remainder=2", "--own-form")
+    assert made.code == 0, made.err
+    ran = cli("train", "shared/remainder", *DATA, "objective=masked", "steps=2", "out=run")
+    assert ran.code == 0, ran.err
+    base, last = str(here / "shared"), "run/checkpoints/last"
+    assert base_of(last) == base
+    asked = ("data=text.txt", "objective=masked", "--json")
+    found = [cli("evaluate", *words, *asked) for words in ([last], [base, "--adapter", last])]
+    assert [each.code for each in found] == [0, 0], found[0].err
+    assert json.loads(found[0].out)["loss"] == json.loads(found[1].out)["loss"]
+
+
 def run(out: str, kind: dict[str, Any], *, resume: bool = False, stop: int | None = None) -> None:
     """Train, and be interrupted after a step."""
     tree = {
@@ -192,7 +226,7 @@ def test_training_goes_on_from_an_adapter(cli: Callable, here: Path, made: Path)
     start, again = (json.loads(line)["loss"] for line in lines)
     assert again < start  # the same batch, read by what the first run left
     second = json.loads(done.out)["model"]
-    assert base_of(second) == "./gpt2"
+    assert base_of(second) == str(here / "gpt2")
     before, after = (json.loads((Path(each) / "adapter_config.json").read_text()) for each in (last, second))
     assert before == after
     old, new = (load_file(Path(each) / "adapter_model.safetensors") for each in (last, second))

@@ -8,6 +8,7 @@ them (`decoder.attention.0.q.adapters.default.down`), so a run with adapters res
 from __future__ import annotations
 
 import math
+import numbers
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -26,7 +27,7 @@ from lathe.adapt.layer import (
     weight_of,
 )
 from lathe.adapt.settings import LoraSettings
-from lathe.adapt.targets import choose
+from lathe.adapt.targets import choose, stock_modules
 from lathe.errors import RequestError
 from lathe.model.quantized import Quantized, QuantizedLinear
 from lathe.model.transformer import Transformer
@@ -62,13 +63,12 @@ def add_lora(
     >>> add_lora(lathe.Model(tiny, seed=0), LoraSettings(rank=4, targets="reader:heads"))
     ('decoder.attention.0.q',)
     """
-    settings = settings or LoraSettings()
+    settings = LoraSettings() if settings is None else settings
+    _require_settings(settings)
     check_new_name(model, name)
     names = choose(model.architecture, settings.terms)
     whole = choose(model.architecture, settings.whole_terms, setting="whole")
-    both = [target for target in names if target in whole]
-    if both:
-        raise RequestError(f"{both[0]} is among targets and among whole: expected each layer in one of them")
+    _require_apart(model, names, whole)
     for target in names:
         linear = _linear(model, target)
         least = min(linear.in_features, linear.out_features)
@@ -87,6 +87,41 @@ def add_lora(
         made[target] = Whole(copied(linear, weight_of(linear)), None if bias_O is None else copied(linear, bias_O))
     attach(model, name, made)
     return tuple(made)
+
+
+def _require_apart(model: Transformer, names: list[str], whole: list[str]) -> None:
+    """Refuse a layer that would be adapted and trained whole, and one that cannot be trained whole."""
+    both = [target for target in names if target in whole]
+    if both:
+        raise RequestError(f"{both[0]} is among targets and among whole: expected each layer in one of them")
+    for module in stock_modules(model.architecture):
+        adapted, trained = ([each for each in module.ours if each in some] for some in (names, whole))
+        if adapted and trained:
+            raise RequestError(
+                f"{adapted[0]} is among targets and {trained[0]} among whole, and both lie in one stock module "
+                f"({module.theirs}), which an adapter's file holds in one way: expected both in one of them"
+            )
+    coded = [target for target in whole if isinstance(_linear(model, target), QuantizedLinear)]
+    if coded:
+        raise RequestError(
+            f"whole: {coded[0]} is quantised here, and codes are not trained: give the model as it was before that, or "
+            f"quantise it with --keep {coded[0]}"
+        )
+
+
+def _require_settings(given: object) -> None:
+    if not isinstance(given, LoraSettings):
+        kind = type(given).__name__
+        raise RequestError(f"settings is a {kind}: expected LoraSettings; LoraSettings.from_dict makes them of a dict")
+
+
+def _require_weights(given: object) -> None:
+    if not isinstance(given, Mapping):
+        kind = type(given).__name__
+        raise RequestError(f"weights is a {kind}: expected names and weights, such as {{'a': 0.5, 'b': 0.5}}")
+    for each, weight in given.items():
+        if isinstance(weight, bool) or not isinstance(weight, numbers.Real) or not math.isfinite(weight):
+            raise RequestError(f"the weight of {each!r} is {weight!r}: expected a number")
 
 
 def _drawn(linear: Linear, settings: LoraSettings, generator: torch.Generator) -> Adapter:
@@ -225,10 +260,9 @@ def combine(model: Transformer, weights: Mapping[str, float], *, name: str) -> N
     check_new_name(model, name)
     if not weights:
         raise RequestError("no adapter to combine: give names and weights, such as {'a': 0.5, 'b': 0.5}")
-    for each, weight in weights.items():
+    _require_weights(weights)
+    for each in weights:
         known_adapter(model, each)
-        if not math.isfinite(weight):
-            raise RequestError(f"the weight of {each!r} is {weight}: expected a number")
     made: dict[str, Adapter] = {}
     for target, layer in lora_layers(model):
         parts: list[tuple[Adapter, float]] = []

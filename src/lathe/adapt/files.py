@@ -30,8 +30,9 @@ from torch import Tensor, nn
 
 from lathe.adapt.adapters import attach, check_new_name, known_adapter, placed
 from lathe.adapt.layer import Adapted, Adapter, Whole, weight_of
+from lathe.adapt.notes import write_notes
 from lathe.adapt.peft_config import CONFIG, PeftConfig, read_peft_config, shortest_names
-from lathe.adapt.targets import linear_layers
+from lathe.adapt.targets import StockModule, stock_modules
 from lathe.adapt.whole_files import modules_to_save, names_classifier, read_whole, says, whole_tensors, why_not
 from lathe.architecture import Architecture
 from lathe.checkpoint.atomic import atomic_directory
@@ -51,32 +52,6 @@ _KEY = re.compile(rf"(?:{re.escape(_START)})?(?P<module>.+)\.(?P<part>{re.escape
 
 _BASE = re.compile(r"(?P<module>.+)\.base_layer\.weight")
 _CODES = 0.25  # how far a matrix in codes may be from what it was, relatively; another matrix is 1 and more away
-
-
-@dataclasses.dataclass(frozen=True)
-class StockModule:
-    """A stock linear module and the layers of ours whose outputs it holds, one after another.
-
-    Args:
-        transposed: whether it keeps its weight `in × out`, which PEFT wants to be told.
-    """
-
-    theirs: str
-    ours: tuple[str, ...]
-    transposed: bool = False
-
-
-def stock_modules(architecture: Architecture) -> list[StockModule]:
-    """Every linear module of the stock model; Lathe's own where no family can hold the architecture."""
-    layers, source = linear_layers(architecture), holder(architecture)
-    if source is None:
-        return [StockModule(name, (name,)) for name in layers]
-    found = []
-    for entry in source.entries(architecture):
-        ours = tuple(name.removesuffix(".weight") for name in entry.ours)
-        if all(name.endswith(".weight") for name in entry.ours) and all(name in layers for name in ours):
-            found.append(StockModule(entry.theirs.removesuffix(".weight"), ours, entry.transposed))
-    return found
 
 
 # --- writing -------------------------------------------------------------------------------------------
@@ -104,7 +79,7 @@ def save_adapter(
     base_model: str | None = None,
     replace: bool = False,
 ) -> Path:
-    """Write one adapter as the files that `peft` and `load_adapter` open.
+    """Write one adapter as the files that `peft` and `load_adapter` open, and Lathe's notes (`lathe.adapt.notes`).
 
     Args:
         directory: must not exist, unless `replace`.
@@ -131,6 +106,7 @@ def save_adapter(
     with atomic_directory(directory, replace=replace, nbytes=nbytes) as folder:
         (folder / CONFIG).write_text(json.dumps(text, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        write_notes(folder, model.architecture)
     if holder(model.architecture) is None:
         log.warning(
             "wrote %s under Lathe's own names: no stock model has this architecture, so peft has no use for it",
@@ -344,7 +320,10 @@ def _split(
     layers = [model.get_submodule(ours) for ours in module.ours]
     linears = [layer for layer in layers if isinstance(layer, nn.Linear | QuantizedLinear)]
     assert len(linears) == len(layers)
-    outputs, rank = [linear.out_features for linear in linears], config.rank(module.theirs)
+    match = _KEY.fullmatch(stored[_A])
+    assert match is not None
+    named = match["module"]  # in the model that PEFT had, whose class may have no prefix: patterns are for that name
+    outputs, rank = [linear.out_features for linear in linears], config.rank(named)
     expected = {_A: (rank, linears[0].in_features), _B: (sum(outputs), rank), _M: (sum(outputs),)}
     for part, key in stored.items():
         if source.shape(key) != expected[part]:
@@ -359,7 +338,7 @@ def _split(
         ours: Adapter(
             down_RI,
             placed(linear, up_OR.clone()),
-            scale=config.scale(module.theirs),
+            scale=config.scale(named),
             dropout=config.lora_dropout,
             rslora=config.use_rslora,
             magnitude_O=None if magnitude_O is None else placed(linear, magnitude_O.clone()),

@@ -1,13 +1,8 @@
 """An adapter's directory together with its base: which base it names, which head it needs, and both as one model.
 
-PEFT's two files say what is added to which model. A head that is new with the adapter (a classifier on a pretrained
-encoder) is in the file, but what kind of head it is, is not: PEFT expects the base to have it. Lathe writes the head's
-description beside the two files, as `head.json`, so that the plain base serves; without that file, the base's own head
-is taken.
-
-An adapter may give each layer its own part where the base's layers share their weights (`lathe resize … remainder=8`).
-`sharing.json` beside it says how the layers are to share then, and the base's are copied: that changes nothing by
-itself. An adapter that names no base and lies inside a model's directory is that model's.
+Which head it needs, and whose layers it was made for, is noted beside it (`lathe.adapt.notes`): where the base's layers
+share weights and the adapter has its own part for each, the base's are copied, which changes nothing by itself. An
+adapter that names no base and lies inside a model's directory is that model's.
 """
 
 from __future__ import annotations
@@ -16,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,8 +19,9 @@ from torch import Tensor
 from lathe.adapt.adapters import folded_tensors, lora_layers
 from lathe.adapt.files import load_adapter
 from lathe.adapt.layer import Whole
+from lathe.adapt.notes import adapted_architecture
 from lathe.adapt.peft_config import CONFIG
-from lathe.architecture import Architecture, Head
+from lathe.architecture import Architecture
 from lathe.blueprint import stored
 from lathe.checkpoint.load import CONFIG as MODEL_CONFIG
 from lathe.checkpoint.load import OWN, Checkpoint, open_checkpoint
@@ -37,8 +33,6 @@ from lathe.quantization.place import fill
 from lathe.text.tokenizer import Tokenizer
 
 M = TypeVar("M", bound=Transformer)
-
-HEAD, SHARING = "head.json", "sharing.json"
 
 
 def is_adapter(directory: str | Path) -> bool:
@@ -69,43 +63,6 @@ def base_of(directory: str | Path) -> str:
             "the adapter beside it (--adapter)"
         )
     return base
-
-
-def write_head(directory: Path, architecture: Architecture) -> None:
-    """Write the head's description beside an adapter's files."""
-    (directory / HEAD).write_text(json.dumps(architecture.head.to_dict(), indent=2) + "\n", encoding="utf-8")
-
-
-def write_sharing(directory: Path, architecture: Architecture) -> None:
-    """Write how the layers share weights under the adapter, beside its files."""
-    patterns = {name: str(stack.sharing) for name, stack in architecture.stacks}
-    (directory / SHARING).write_text(json.dumps(patterns, indent=2) + "\n", encoding="utf-8")
-
-
-def adapted_architecture(directory: str | Path, base: Architecture) -> Architecture:
-    """The base with the head, and with the sharing of layers, that the adapter was made for.
-
-    Raises:
-        RequestError: a description that cannot be read.
-    """
-    head, sharing = (_beside(directory, name) for name in (HEAD, SHARING))
-    if sharing is not None:
-        base = base.with_({f"{name}.sharing": pattern for name, pattern in sharing.items()})
-    if head is None:
-        return base
-    made = Head.from_dict(head)
-    return base if made == base.head else base.with_({"head": made.to_dict()})
-
-
-def _beside(directory: str | Path, name: str) -> dict[str, Any] | None:
-    path = Path(directory).expanduser() / name
-    if not path.is_file():
-        return None
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RequestError(f"{path} is not JSON ({error}); is the file complete?") from None
-    return found
 
 
 def _unshared(held: Mapping[str, Tensor], base: Architecture, wanted: Architecture) -> dict[str, Tensor]:
@@ -159,7 +116,9 @@ def open_adapted_as(
         raise RequestError(f"{adapter} holds no {CONFIG}: expected an adapter that peft or lathe train wrote")
     checkpoint = open_checkpoint(base, quantized=True)
     architecture = adapted_architecture(adapter, checkpoint.architecture)
-    codes = checkpoint.codes
+    # Under another head some of the base's matrices are not there.
+    wanted = {p.name for p in stored(architecture)}
+    codes = {name: matrix for name, matrix in checkpoint.codes.items() if name in wanted}
     if codes and architecture.with_({"head": checkpoint.architecture.head.to_dict()}) != checkpoint.architecture:
         raise RequestError(
             f"the adapter in {adapter} gives layers of {base} that share weights their own, and they are quantised "

@@ -7,10 +7,12 @@ axis back to the stream (o, down). So `heads` is q and o, `reader:heads` is q, `
 from __future__ import annotations
 
 import fnmatch
+from dataclasses import dataclass
 
 from lathe.architecture import Architecture
 from lathe.blueprint import Parameter, stored
 from lathe.errors import RequestError
+from lathe.families import holder
 
 ALL = "all-linear"
 _ROLES = ("reader", "writer")
@@ -24,6 +26,32 @@ def linear_layers(architecture: Architecture) -> dict[str, Parameter]:
         for p in stored(architecture)
         if p.role in _ROLES and len(p.axes) == 2 and p.name.endswith(_END)
     }
+
+
+@dataclass(frozen=True)
+class StockModule:
+    """A stock linear module and the layers of ours whose outputs it holds, one after another.
+
+    Args:
+        transposed: whether it keeps its weight `in × out`, which PEFT wants to be told.
+    """
+
+    theirs: str
+    ours: tuple[str, ...]
+    transposed: bool = False
+
+
+def stock_modules(architecture: Architecture) -> list[StockModule]:
+    """Every linear module of the stock model; Lathe's own where no family can hold the architecture."""
+    layers, source = linear_layers(architecture), holder(architecture)
+    if source is None:
+        return [StockModule(name, (name,)) for name in layers]
+    found = []
+    for entry in source.entries(architecture):
+        ours = tuple(name.removesuffix(".weight") for name in entry.ours)
+        if all(name.endswith(".weight") for name in entry.ours) and all(name in layers for name in ours):
+            found.append(StockModule(entry.theirs.removesuffix(".weight"), ours, entry.transposed))
+    return found
 
 
 def choose(architecture: Architecture, terms: list[str], *, setting: str = "targets") -> list[str]:

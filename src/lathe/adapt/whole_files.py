@@ -46,7 +46,7 @@ def whole_tensors(model: Transformer, name: str) -> dict[str, Tensor]:
     for entry in stock_tensors(model.architecture):
         if any(ours in found for ours in entry.ours):
             # A stock module may hold layers of which others are the base's.
-            parts = [found.get(ours, model.get_parameter(ours).detach()) for ours in entry.ours]
+            parts = [found[ours] if ours in found else model.get_parameter(ours).detach() for ours in entry.ours]
             made[entry.theirs] = fuse(entry, parts)
     return made
 

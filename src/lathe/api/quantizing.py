@@ -76,7 +76,7 @@ def quantize(
     chosen = quantise(model, settings, batches)
     return Model(
         model.architecture,
-        {name: tensor for name, tensor in model.tensors().items() if name not in chosen.codes},
+        {name: tensor.clone() for name, tensor in model.tensors().items() if name not in chosen.codes},
         codes=chosen.codes,
         tokenizer=model.tokenizer,
         generation=model.generation,

@@ -208,7 +208,8 @@ def quantised_objections(family: Family, architecture: Architecture, codes: Mapp
         if scheme.format == PACKED and _TABLE in entry.ours:
             return [f"transformers does not open a token table in packed codes, as {entry.theirs} is; 8 bits open"]
         if scheme.format == PACKED and not family.opens_packed:
-            return [f"transformers does not open a {family.name} with packed codes, as {entry.theirs} has; 8 bits open"]
+            reason = f"transformers does not open a {family.name} with packed codes, as {entry.theirs} has"
+            return [f"{reason}; 8 bits with a scale a row (--group 0) open"]
         if scheme.format == PACKED and not scheme.symmetric:
             return [f"transformers does not open packed codes with zero points, as {entry.theirs} has"]
         if scheme.format == PACKED and _other_modules(family, architecture, entry):

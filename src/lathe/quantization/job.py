@@ -102,7 +102,10 @@ class Job:
         if self.tokenizer is None:
             raise RequestError(f"{request.source} holds no tokenizer to read text with; put its tokenizer beside it")
         if request.calibrate is not None:
-            fitted, held = read_documents(request.calibrate, self.tokenizer, apart=request.data is None)
+            # Nothing is kept apart to measure a loss on where the model has none on text.
+            predicts = self.checkpoint.architecture.head.language is not None
+            apart = request.data is None and predicts
+            fitted, held = read_documents(request.calibrate, self.tokenizer, apart=apart)
         if request.data is not None:
             held, _ = read_documents(request.data, self.tokenizer, apart=False)
         return fitted, held or None
@@ -241,7 +244,9 @@ class Job:
         if self.fitted is not None and request.calibrate is not None:
             facts["codes chosen on"] = described(self.fitted, request.calibrate)
         measured = request.data or request.calibrate
-        if self.text is not None and measured is not None:
+        if measured is not None and self.checkpoint.architecture.head.language is None:
+            facts["loss"] = "not measured: this model predicts no tokens; lathe evaluate measures a classifier"
+        elif self.text is not None and measured is not None:
             apart = "" if request.data is not None else ", kept apart from what the codes were chosen on"
             facts["measured on"] = described(self.text, measured) + apart
             if self.text.objective is not None:

@@ -114,6 +114,8 @@ def worst_rows(outcome: Outcome, most: int) -> list[tuple[str, ...]]:
 def proposal_lines(outcome: Outcome) -> list[str]:
     """Which layers would be worth keeping, as sentences."""
     if outcome.source.quality is None:
+        if "loss" in outcome.facts:
+            return [f"The loss was {outcome.facts['loss']}."]
         return ["No loss was measured: give text with --data FILE to see what it cost and which layers to keep."]
     if not outcome.proposals:
         return ["Leaving any one of the worst layers alone would win next to nothing."]

@@ -22,7 +22,6 @@ from torch import Tensor
 from lathe.adapt.adapters import folded_tensors
 from lathe.adapt.files import WEIGHTS as ADAPTER_WEIGHTS
 from lathe.adapt.files import save_adapter
-from lathe.adapt.opening import write_sharing
 from lathe.checkpoint.digest import digest_file
 from lathe.checkpoint.load import CONFIG, OWN
 from lathe.checkpoint.save import DEFAULT_SHARD_BYTES, Saved, write_checkpoint
@@ -212,7 +211,6 @@ def write(
     digests = weight_digests(folder)
     if made.relaxed is not None:
         save_adapter(made.relaxed, folder / REMAINDER, name=REMAINDER)
-        write_sharing(folder / REMAINDER, made.relaxed.architecture)
         digests[f"{REMAINDER}/{ADAPTER_WEIGHTS}"] = digest_file(folder / REMAINDER / ADAPTER_WEIGHTS)
     beside = {} if saved.stock else {"architecture": made.model.architecture.to_dict()}
     (folder / OWN).write_text(written(history.recipe, digests, beside), encoding="utf-8")

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 from lathe.adapt import LoraSettings, add_lora, save_adapter
-from lathe.adapt.opening import write_head
 from lathe.adapt.targets import linear_layers
 from lathe.checkpoint.save import Companion
 from lathe.checkpoint.tensors import write_tensors
@@ -56,7 +55,6 @@ def put_on(model: Transformer, settings: LoraSettings, fresh: Sequence[str], see
 def write_adapter(model: Transformer, path: Path, base: str, tokenizer: Companion | None) -> None:
     """Write a checkpoint's model part for a model with an adapter: see the module."""
     save_adapter(model, path, base_model=base)
-    write_head(path, model.architecture)
     if tokenizer is not None:
         tokenizer.save(path)
     (path / TRAINED).mkdir()

@@ -61,7 +61,9 @@ class Subject:
         """
         if adapter_names(self.model):
             assert self.base is not None
-            write_adapter(self.model, path, self.base, self.tokenizer)
+            here = Path(self.base).expanduser()
+            # A path as it was typed would be another one, or a hub id, for who stands elsewhere.
+            write_adapter(self.model, path, str(here.absolute()) if here.exists() else self.base, self.tokenizer)
             return
         save_checkpoint(
             path,
