@@ -310,6 +310,24 @@ def test_a_short_text_to_heal_on_is_said(cli: Callable, here: Path):
     enough = cli("resize", "gpt2", "other", "--calibrate", "text.txt", *words[:-3], "text.txt", *words[-2:])
     assert enough.code == 0, enough.err
     assert "is read up to" not in enough.err
+    # In two stages as well, and where the rows' length is found from the text.
+    stages = [
+        "d_ff=8",
+        "heal.steps=4",
+        "heal.rows=1",
+        "--heal",
+        "text.txt",
+        "--device",
+        "cpu",
+        "--calibrate",
+        "text.txt",
+    ]
+    two = cli("resize", "gpt2", "third", *stages)
+    assert two.code == 0, two.err
+    assert "is read up to" not in two.err
+    recipe = json.loads(Path("third/lathe.json").read_text(encoding="utf-8"))["recipe"]
+    healed = [stage["heal"] for stage in recipe["stages"] if "heal" in stage]
+    assert [each["whole"] for each in healed] == [4 * healed[0]["length"]] * 2
 
 
 def test_a_reload_of_16_bits_is_compared_in_32(cli: Callable, here: Path):

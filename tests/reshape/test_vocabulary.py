@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from lathe.errors import RequestError
 from lathe.reshape import resize
 from lathe.reshape.vocabulary import Vocabulary, renumbered_settings, settings_ids
 from lathe.text import Tokenizer
+from lathe.text.cut import Pieces
 from tests.reshape.test_width import build
 from tests.strategies import architectures
 from tests.text.samples import CORPUS, KOREAN, SENTENCES, trained
@@ -211,17 +213,66 @@ def test_settings_are_numbered_anew() -> None:
         "bos_token_id": None,
         "bad_words_ids": [[5, 7]],
         "forced_decoder_ids": [[1, 5]],
+        "force_words_ids": [[9], [[5, 7]]],
+        "sequence_bias": [[[8, 5], 50.0], [[7], -2]],
+        "task_specific_params": {"translation": {"decoder_start_token_id": 11, "num_beams": 5}},
         "max_length": 7,
     }
-    assert settings_ids(found) == {0, 2, 5, 7}
-    assert renumbered_settings(found, {0: 0, 5: 1, 7: 2}) == {
+    assert settings_ids(found) == {0, 2, 5, 7, 8, 9, 11}
+    assert renumbered_settings(found, {0: 0, 5: 1, 7: 2, 8: 3, 9: 4, 11: 5}) == {
         "eos_token_id": [1],
         "pad_token_id": 0,
         "bos_token_id": None,
         "bad_words_ids": [[1, 2]],
         "forced_decoder_ids": [[1, 1]],
+        "force_words_ids": [[4], [[1, 2]]],
+        "sequence_bias": [[[3, 1], 50.0], [[2], -2]],
+        "task_specific_params": {"translation": {"decoder_start_token_id": 5, "num_beams": 5}},
         "max_length": 7,
     }
+
+
+@pytest.mark.parametrize("name", ["t5", "bert", "gpt2"])
+def test_of_a_batch_its_text_alone_is_counted(name: str) -> None:
+    """No padding, no marks around it, and where tokens were hidden the ones that stood there."""
+    source = model(name)
+    assert source.tokenizer is not None
+    special, unknown = source.tokenizer.special_ids, None if name == "gpt2" else source.tokenizer.unk_id
+    alone = source.tokenizer.encode_batch(SENTENCES, add_special_tokens=False)
+    text = Counter(each for ids in alone for each in ids if each == unknown or each not in special)
+    rows = source.tokenizer(SENTENCES)  # padded
+    batch = {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask}
+    if name == "t5":  # the same again as what is written
+        labels = rows.input_ids.masked_fill(rows.attention_mask == 0, -100)
+        batch |= {"decoder_input_ids": rows.input_ids.roll(1, dims=1), "labels": labels}
+    if name == "bert":  # every third token of the text is hidden, by the mask or by any other token
+        is_text = ~torch.isin(rows.input_ids, torch.tensor(sorted(special)))
+        hidden = is_text & (torch.arange(rows.input_ids.shape[1]) % 3 == 1)
+        batch["labels"] = rows.input_ids.masked_fill(~hidden, -100)
+        batch["input_ids"] = rows.input_ids.masked_fill(hidden, 40).masked_fill(
+            hidden & (rows.input_ids % 2 == 0), source.architecture.tokens.mask or 0
+        )
+    least = len(Pieces(source.tokenizer).required)
+    small = lathe.resize(source, vocab_size=least + 20, calibrate=[batch])
+    assert small.tokenizer is not None
+    left = set(small.tokenizer.vocabulary)
+    pieces = {number: token for token, number in source.tokenizer.vocabulary.items()}
+    kept = sum(times for number, times in text.items() if pieces[number] in left)
+    assert 0.2 < kept / text.total() < 1
+    assert small.steps[0].detail["text"] == pytest.approx(kept / text.total(), abs=1e-9)
+
+
+def test_a_model_whose_tokenizer_lacks_one_of_its_tokens_says_the_least_that_works() -> None:
+    source = model("llama")
+    assert source.tokenizer is not None
+    wide = source.architecture.with_({"vocab_size": source.tokenizer.vocab_size + 4})
+    own = lathe.Model(wide.with_({"tokens.pad": source.tokenizer.vocab_size + 2}), seed=0, tokenizer=source.tokenizer)
+    with pytest.raises(RequestError, match="vocab_size=100 is too small") as error:
+        lathe.resize(own, vocab_size=100, vocabulary=LINES)
+    least = int(str(error.value).split("take ")[1].split(";")[0])
+    with pytest.raises(RequestError, match=f"vocab_size={least - 1} is too small: .* take {least};"):
+        lathe.resize(own, vocab_size=least - 1, vocabulary=LINES)
+    assert lathe.resize(own, vocab_size=least, vocabulary=LINES).architecture.embedding.vocab_size == least
 
 
 def test_generation_settings_keep_their_tokens() -> None:

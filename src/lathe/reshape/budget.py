@@ -76,8 +76,8 @@ def plan_budget(
     """
     least = None
     if tokenizer is not None and probe.reads_text:
-        own = token_ids(model.architecture.tokens) | reserved
-        least = len(Pieces(tokenizer, [n for n in own if n < tokenizer.vocab_size]).required)
+        own, known = token_ids(model.architecture.tokens), set(tokenizer.vocabulary.values())
+        least = len(Pieces(tokenizer, (own | reserved) & known).required) + len(own - known)
     terms = Terms(tuple((how or {}).items()), own_form, tuple((fixed or {}).items()), least)
     trials = Trials(
         model,

@@ -319,8 +319,7 @@ def _with_rows(job: Job) -> Job:
     found = best_length(source.model, documents, settings, source.tokenizer, request.objective)
     texts = {name: each for name in ("calibrate", "data", "heal") if (each := getattr(request, name)) is not None}
     same = {name: replace(each, length=each.length or found.positions) for name, each in texts.items()}
-    stages = tuple(
-        {"heal": replace(stage["heal"], length=stage["heal"].length or found.positions)} if "heal" in stage else stage
-        for stage in job.stages
-    )
+    # Parted anew: how many tokens all of them read together follows from the length.
+    heals = iter(same["heal"].parts(sum("heal" in stage for stage in job.stages)) if "heal" in same else ())
+    stages = tuple({"heal": next(heals)} if "heal" in stage else stage for stage in job.stages)
     return replace(job, request=replace(request, **same), stages=stages, rows=found.told)

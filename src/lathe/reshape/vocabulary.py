@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -249,6 +249,11 @@ class _Settling:
     def _cut(self, tokenizer: Tokenizer, room: int | None) -> tuple[Rewritten, Mapping[int, int] | None]:
         held = set(tokenizer.vocabulary.values())
         pieces = Pieces(tokenizer, self.keep & held)
+        if self.size is not None and room is not None and room < len(pieces.required):
+            raise RequestError(
+                f"vocab_size={self.size:,} is too small: special tokens, sentinels and what spells single bytes take "
+                f"{len(pieces.required) + self.size - room:,}; ask for that at least"
+            )
         if self.asked.words and room is not None:
             raise RequestError("new words and a smaller vocabulary at once: cut it first, then add the words")
         if self.asked.ids is not None:
@@ -256,7 +261,7 @@ class _Settling:
         if self.asked.corpus is not None:
             use: Use = use_of(tokenizer, self.asked.corpus)
         else:
-            use = counted({n: c for n, c in self._counts().items() if n in held}, tokenizer)
+            use = counted({n: c for n, c in self._counts(tokenizer).items() if n in held}, tokenizer)
         return cut_pieces(pieces, pieces.most_used(use.counts, room)), use.counts
 
     def _corpus(self) -> Corpus:
@@ -267,20 +272,42 @@ class _Settling:
             )
         return self.asked.corpus
 
-    def _counts(self) -> Counter[int]:
-        """How often the calibration text uses each id."""
+    def _counts(self, tokenizer: Tokenizer | None = None) -> Counter[int]:
+        """How often the calibration text uses each id: the text itself, without what is set around it and into it."""
         counts: Counter[int] = Counter()
         for batch in self.batches:
-            for name in ("input_ids", "decoder_input_ids", "labels"):
-                if name in batch:
-                    ids, times = torch.as_tensor(batch[name]).unique(return_counts=True)
-                    counts.update({n: t for n, t in zip(ids.tolist(), times.tolist(), strict=True) if n >= 0})
+            for text_N in self._text_of(batch):
+                ids, times = text_N.unique(return_counts=True)
+                counts.update(dict(zip(ids.tolist(), times.tolist(), strict=True)))
+        special = set(self.own)
+        if tokenizer is not None:  # what is unknown to it stands for text
+            special |= tokenizer.special_ids - {tokenizer.unk_id}
+        counts = Counter({number: times for number, times in counts.items() if number not in special})
         if not counts:
             raise RequestError(
                 f"vocab_size={self.size:,}: which of {self.before:,} tokens to keep is seen from text; give it "
                 "(vocabulary=FILE), or calibration text of the kind that the model is used on"
             )
         return counts
+
+    def _text_of(self, batch: Batch) -> Iterator[Tensor]:
+        """The tokens of a batch, each once: none of padding, and where some were hidden the ones that stood there."""
+        stacks, labels_BT = self.architecture, None
+        if stacks.head.language is not None and "labels" in batch:  # else they are no tokens
+            labels_BT = torch.as_tensor(batch["labels"])
+        written = "decoder_" if stacks.encoder is not None and stacks.decoder is not None else ""
+        for side in dict.fromkeys(("", written)):
+            hidden_BT = labels_BT if side == written else None
+            ids_BT = torch.as_tensor(batch[f"{side}input_ids"]) if f"{side}input_ids" in batch else hidden_BT
+            if ids_BT is None:
+                continue
+            counted_BT = ids_BT >= 0
+            for name, least in ((f"{side}attention_mask", 1), (f"{side}segment_ids", 0)):
+                if name in batch:
+                    counted_BT = counted_BT & (torch.as_tensor(batch[name]) >= least)
+            if hidden_BT is not None and hidden_BT.shape == ids_BT.shape:
+                ids_BT = torch.where(hidden_BT >= 0, hidden_BT, ids_BT)
+            yield ids_BT[counted_BT]
 
     def _too_small(self, least: int) -> RequestError:
         return RequestError(
@@ -352,7 +379,7 @@ def _gathered(tensor: Tensor, dim: int, rows: Rows) -> Tensor:
 
 # --- ids elsewhere ------------------------------------------------------------------------------------------------
 
-_LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
+_LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids")
 
 
 def token_ids(tokens: Tokens) -> set[int]:
@@ -391,6 +418,10 @@ def _each_id(settings: Mapping[str, Any], change: Callable[[int], int | None]) -
             out[key] = walk(value)
         elif key == "forced_decoder_ids" and isinstance(value, list):  # pairs of place and id
             out[key] = [[place, walk(number)] for place, number in value]
+        elif key == "sequence_bias" and isinstance(value, list):  # pairs of a run of ids and what it weighs
+            out[key] = [[walk(run), weight] for run, weight in value]
+        elif key == "task_specific_params" and isinstance(value, dict):
+            out[key] = {task: _each_id(of, change) if isinstance(of, dict) else of for task, of in value.items()}
         else:
             out[key] = value
     return out
