@@ -124,6 +124,26 @@ def test_what_opens_the_next_message_ends_an_answer_at_the_beginning_of_a_line_a
         assert "".join(reply).strip() == reply.text == shown
 
 
+def test_an_answer_that_begins_with_the_next_message_is_over_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The break before it is the template's, and no part of what an encoder-decoder writes."""
+    made, texts = seq2seq()
+    source = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    chat = Chat(made, texts, template=source.replace(": ", ":\n") + "assistant:\n", max_new_tokens=60)
+    assert chat.stops == ("\nuser:",)
+    asked = []
+
+    def chosen(_: Any) -> Any:
+        for number in texts.encode("user: the quick brown fox jumps over the lazy dog while", add_special_tokens=False):
+            asked.append(number)
+            yield Step(torch.tensor([number]), torch.zeros(1), torch.tensor([False]))
+
+    monkeypatch.setattr(chat, "_chosen", chosen)
+    reply = chat.ask("the fox?")
+    assert "".join(reply) == reply.text == ""
+    assert reply.ended
+    assert reply.tokens == len(asked) < 12
+
+
 def test_the_oldest_turns_are_forgotten_and_the_system_message_is_not() -> None:
     texts = tokenizer()
     options: dict[str, Any] = {"suppress_tokens": only(texts, "x"), "max_new_tokens": 4}

@@ -226,6 +226,8 @@ class Reply:
                 self.text = written.strip()
                 if shown:
                     yield shown
+            # What ended before its length was ended: at the latest by a stop text that only the history makes one.
+            self.ended = self.ended or self.tokens < chat.max_new
         finally:  # an answer that was broken off was read by the user as well
             if self.tokens:
                 chat.turns.append((message, self.text))
@@ -238,19 +240,21 @@ class Reply:
 
 
 def without(pieces: Iterable[str], stops: tuple[str, ...]) -> Iterator[str]:
-    """The pieces of a text up to the first of some texts; what may be the beginning of one is held back."""
-    held, over = "", False
+    """The pieces of a text up to the first of some texts; what may be the beginning of one is held back.
+
+    Nothing more is asked of `pieces` after that.
+    """
+    held = ""
     for piece in pieces:
-        if over:
-            continue
         held += piece
         at = min((held.find(stop) for stop in stops if stop in held), default=-1)
-        over = at >= 0
-        safe = at if over else len(held) - max((_begun(held, stop) for stop in stops), default=0)
+        safe = at if at >= 0 else len(held) - max((_begun(held, stop) for stop in stops), default=0)
         if safe:
             yield held[:safe]
+        if at >= 0:
+            return
         held = held[safe:]
-    if held and not over:
+    if held:
         yield held
 
 
