@@ -15,7 +15,7 @@ _END = ".weight"
 
 
 def install(model: nn.Module, codes: Mapping[str, Codes]) -> None:
-    """Put matrices in codes in place of a model's own, in place; biases stay.
+    """Put matrices in codes in place of a model's own, in place and where those are; biases stay.
 
     Args:
         codes: by the names of the matrices that they replace, such as `decoder.attention.0.q.weight`.
@@ -30,6 +30,8 @@ def install(model: nn.Module, codes: Mapping[str, Codes]) -> None:
         else:
             assert isinstance(module, nn.Linear)
             made = QuantizedLinear(matrix, module.bias)
+        if module.weight.device.type != "meta":
+            made.to(module.weight.device)
         setattr(model.get_submodule(parent), leaf, made.train(module.training))
 
 

@@ -15,6 +15,7 @@ from lathe.quantization.inputs import Batch, Moments, pass_text
 from lathe.quantization.nearest import choose_grid, nearest
 from lathe.quantization.place import fill, install, refuse_quantized
 from lathe.quantization.settings import QuantizeSettings, Target, choose_targets
+from lathe.reshape.calibrate import there
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def quantise(
         done.errors[target.layer] = output_error(weight_OI, made, moments_II)
         advance(1, target.layer)
 
+    batches = there(batches, model.device)
     if not batches:
         for target in targets:
             choose(target, None)

@@ -32,6 +32,11 @@ NO_TEXT = (
 )
 
 
+def there(batches: Iterable[Batch], device: torch.device) -> list[Batch]:
+    """Batches where a model is, which is where it reads them."""
+    return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
+
+
 @dataclass
 class Moments:
     """Second moments of the unit-normalised input of each norm, and how many tokens were seen.

@@ -24,7 +24,7 @@ from lathe.errors import RequestError
 from lathe.families import objections
 from lathe.model.transformer import Transformer
 from lathe.reshape import convert, cut, factorise, grow, grow_heads, grow_width, prune, prune_layers
-from lathe.reshape.calibrate import Batch
+from lathe.reshape.calibrate import Batch, there
 from lathe.reshape.operation import Context, Operation, Planner
 from lathe.reshape.share import plan_sharing
 from lathe.reshape.spill import Tensors
@@ -111,6 +111,7 @@ def resize(
         plain = Transformer(model.architecture, device="meta")
         plain.load_state_dict(folded_tensors(model), assign=True)
         model = plain.train(model.training)
+    calibrate = there(calibrate, model.device)
     settled = settle(model.architecture, changes, tokenizer, vocabulary, batches=calibrate, reserved=reserved)
     if settled is not None:
         others = {name: value for name, value in changes.items() if not is_vocabulary(model.architecture, name)}
