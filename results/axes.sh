@@ -4,7 +4,8 @@
 set -eu
 . "$CONFIGS/parents.inc"
 for run in $(parents); do
-	noise=0
+	noise=0 shares=0.05 new=
 	test "$run" != t5 || noise=0.3 # it read its text three times
-	python "$CONFIGS/axes.py" "$run" --noise "$noise" --out "axes-$run"
+	test "$run" != gpt2 || { shares=0.05,0.2 new=0.05; }
+	python "$CONFIGS/axes.py" "$run" --noise "$noise" --heal "$shares" --new "$new" --out "axes-$run"
 done
