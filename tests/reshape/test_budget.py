@@ -61,6 +61,12 @@ def test_heads_that_would_have_to_grow_are_offered_only_in_the_own_form():
     assert "embedding rank" in own
 
 
+def test_depth_saves_time_where_layers_share_their_weights_and_nothing_else():
+    source = lathe.preset("albert-base-v2").with_({**SMALL, **NO_IDS, "tokens.mask": None})
+    labels = [{axis.label for axis in offered(source, Terms(timed=timed))[0]} for timed in (False, True)]
+    assert labels[1] - labels[0] == {"depth"}
+
+
 def test_sizes_that_are_given_are_no_axes():
     axes, without = offered(lathe.preset("gpt2").with_({**SMALL, **NO_IDS}), Terms(fixed=(("d_ff", 48),)))
     assert without["feed-forward"] == "its size was given"

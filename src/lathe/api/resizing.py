@@ -184,6 +184,7 @@ def plan_budget(
     """
     from lathe.reshape.budget_cost import read_budget
     from lathe.reshape.budget_job import plan_for
+    from lathe.reshape.request import refuse_idle_share
     from lathe.reshape.vocabulary import settings_ids
 
     require_plain(model, "resize it")
@@ -191,6 +192,7 @@ def plan_budget(
     settings = read_budget({**limits, "budget.effort": effort})
     if settings is None:
         raise RequestError("no budget: give max_parameters, max_bytes or max_latency")
+    refuse_idle_share(share, changes)
     text: str | list[Mapping[str, Tensor]]
     if isinstance(calibrate, str | os.PathLike):
         text = os.fspath(calibrate)
@@ -228,7 +230,7 @@ def heal(
         folder: keep the run there, so that it can be killed and, called again with the same cut and teacher, goes on;
             nowhere where left out.
         settings: fields of `lathe.reshape.heal.HealSettings`: `steps=500`, `tokens=`, `lr=2e-3`, `weight=0.9`,
-            `hidden=0.1`, `rows=16`, `length=128`.
+            `hidden=0.1`, `rows=16`, `length=128`, `precision="bf16"`.
 
     Raises:
         RequestError: no tokenizer, another vocabulary, an unknown setting, text that does not fit the model, or a run

@@ -78,7 +78,8 @@ def plan_budget(
     if tokenizer is not None and probe.reads_text:
         own, known = token_ids(model.architecture.tokens), set(tokenizer.vocabulary.values())
         least = len(Pieces(tokenizer, (own | reserved) & known).required) + len(own - known)
-    terms = Terms(tuple((how or {}).items()), own_form, tuple((fixed or {}).items()), least)
+    timed = settings.milliseconds is not None
+    terms = Terms(tuple((how or {}).items()), own_form, tuple((fixed or {}).items()), least, timed)
     trials = Trials(
         model,
         tokenizer,

@@ -16,6 +16,7 @@ from lathe.architecture import Architecture
 from lathe.blueprint import count
 from lathe.errors import RequestError
 from lathe.families import objections
+from lathe.planner.flops import forward
 from lathe.reshape.resize import planned
 
 # What an axis is called, and the short name of its field. Sharing is not among them: it saves no computation.
@@ -29,6 +30,7 @@ KINDS: dict[str, str] = {
     "width": "d_model",
 }
 _MOST_SIZES = 64
+_TEXT = 128  # tokens, where computation is counted
 _STEPS = ((2048, 64), (256, 16), (64, 8))  # from which size on, multiples of what
 _WHOLE = ("n_layers", "n_heads", "n_kv_heads")
 
@@ -62,12 +64,15 @@ class Terms:
         how: the method and what else `planned` takes by name.
         fixed: fields that are set in any case.
         least_vocabulary: the tokens that must stay; None where the vocabulary cannot be cut.
+        timed: whether time is what there is too little of: then a size saves by what is not computed any more, as depth
+            does where layers share their weights, and not by what is not stored.
     """
 
     how: tuple[tuple[str, Any], ...] = ()
     own_form: bool = False
     fixed: tuple[tuple[str, Any], ...] = ()
     least_vocabulary: int | None = None
+    timed: bool = False
 
     def architecture(self, source: Architecture, sizes: Mapping[str, int]) -> Architecture | None:
         """What the sizes lead to; None where they cannot be had together."""
@@ -77,6 +82,10 @@ class Terms:
         except RequestError:
             return None
         return target if self.own_form or not objections(target) or objections(source) else None
+
+    def weight(self, architecture: Architecture) -> int:
+        """What is to become less: matrix operations of a text, or parameters."""
+        return forward(architecture, _TEXT).total if self.timed else count(architecture)
 
 
 def offered(source: Architecture, terms: Terms) -> tuple[list[Axis], dict[str, str]]:
@@ -123,12 +132,12 @@ def _axis(source: Architecture, terms: Terms, label: str, field: str) -> Axis | 
     old = olds.pop()
     least = (terms.least_vocabulary or 1) if field.endswith("vocab_size") else 1
     base = terms.architecture(source, {}) or source
-    before = count(base)
+    before = terms.weight(base)
     for step in dict.fromkeys((_step(field, old), 1)):
         sizes = []
         for size in _ladder(old, step, least):
             made = terms.architecture(source, {field: size})
-            if made is not None and count(made) < before:
+            if made is not None and terms.weight(made) < before:
                 sizes.append(size)
         if sizes:
             return Axis(label, field, old, tuple(sizes))

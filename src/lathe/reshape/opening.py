@@ -50,6 +50,7 @@ def open_job(request: ResizeRequest) -> Job:
     assert source.directory is not None
     architecture = source.model.architecture
     if request.budget is not None:
+        request.check_use(architecture)
         if request.heal is not None:
             check_top_k(request.heal.top_k, architecture.embedding.vocab_size)
         return replace(_with_text(request, source, source_digest(source.directory), (), None), why_streamed=why)

@@ -107,22 +107,17 @@ class ResizeRequest(Spec):
             self._check_remainder()
 
     def check_use(self, source: Architecture) -> None:
-        """Refuse words on how a width is cut where none is; a budget finds its sizes later, and may cut one.
+        """Refuse words on what is not done: how a width is cut, where none is, and what shared layers start from.
+
+        A budget finds its sizes later, and may cut a width; it shares no layers.
 
         Raises:
             RequestError: with the words.
         """
         usual: dict[str, Any] = {"method": "rotate", "search": None, "refit": None}
         given = {name: getattr(self, name) for name in usual if getattr(self, name) != usual[name]}
-        if self.budget is not None:
-            return
-        shares = any(name == "family" or name.rpartition(".")[2] == "sharing" for name in self.changes)
-        if self.share != "mean" and not shares:
-            raise RequestError(
-                f"share={self.share}: this says what layers that come to share weights start from, and none do here; "
-                "give sharing=all and the like, or leave out share"
-            )
-        if not given:
+        refuse_idle_share(self.share, self.changes)
+        if not given or self.budget is not None:
             return
         target = source.with_(self.changes)
         widths = (source.d_model, target.d_model), (source.embedding.d_embed, target.embedding.d_embed)
@@ -222,3 +217,13 @@ def read_objective(words: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key.partition(".")[2] or "name": value for key, value in words.items() if key.partition(".")[0] == "objective"
     }
+
+
+def refuse_idle_share(share: str, changes: Mapping[str, Any]) -> None:
+    """Raise `RequestError` where it is said what shared layers start from and none come to share their weights."""
+    shares = any(name == "family" or name.rpartition(".")[2] == "sharing" for name in changes)
+    if share != "mean" and not shares:
+        raise RequestError(
+            f"share={share}: this says what layers that come to share weights start from, and none do here; "
+            "give sharing=all and the like, or leave out share"
+        )

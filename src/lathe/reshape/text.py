@@ -36,6 +36,7 @@ from lathe.objectives.by_name import objective
 from lathe.objectives.causal import Causal
 from lathe.reshape.vocabulary import LARGEST_MULTIPLE, Vocabulary
 from lathe.spec import Spec, size
+from lathe.text.conventions import SPACE
 from lathe.text.tokenizer import Tokenizer
 
 _DOCUMENTS_AT_ONCE = 64
@@ -187,7 +188,8 @@ def read_documents(settings: TextSettings, tokenizer: Tokenizer, *, apart: bool)
     drawn, pairs = iter(_drawn(settings)), settings.source is not None
     used: list[Record] = []
     held: list[Record] = []
-    tokens, number, unread = 0, 0, 0
+    tokens, number, unread, bare = 0, 0, 0, 0
+    space = tokenizer.token_id(SPACE)  # stands alone before what is unknown, and says nothing by itself
     while tokens < settings.tokens and (group := list(islice(drawn, _DOCUMENTS_AT_ONCE))):
         sides = [tokenizer.encode_batch(list(side), add_special_tokens=False) for side in zip(*group, strict=True)]
         for record, ids in zip(group, (list(chain(*each)) for each in zip(*sides, strict=True)), strict=True):
@@ -196,13 +198,14 @@ def read_documents(settings: TextSettings, tokenizer: Tokenizer, *, apart: bool)
                 held.append(record)
             elif tokens < settings.tokens:
                 unread += ids.count(tokenizer.unk_id) if tokenizer.unk_id is not None else 0
+                bare += ids.count(space) if space is not None else 0
                 share = (settings.tokens - tokens) / max(len(ids), 1)
                 used.append(record if pairs else (_cut(record[0], share),))  # half of a pair is none
                 tokens += len(ids)
-    if unread > _MOST_UNREAD * tokens:
+    if unread > _MOST_UNREAD * (tokens - bare):
         raise RequestError(
-            f"{settings.file}: the tokenizer cannot read it, {unread / tokens:.0%} of its tokens are unknown; give "
-            "text in the model's own language and script"
+            f"{settings.file}: the tokenizer cannot read it, {unread / (tokens - bare):.0%} of its tokens are unknown; "
+            "give text in the model's own language and script"
         )
     after = None
     if apart and used and not held and pairs:

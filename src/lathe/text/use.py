@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from lathe.errors import RequestError
+from lathe.text.conventions import SPACE
 from lathe.text.corpus import Corpus, read_lines
 from lathe.text.tokenizer import Tokenizer
 
@@ -21,7 +22,7 @@ class Use:
     """How often each id stands in a text.
 
     Attributes:
-        unknown: the share of the text's pieces that are unknown to the tokenizer.
+        unknown: the share of the text's pieces, bare spaces apart, that are unknown to the tokenizer.
     """
 
     counts: Mapping[int, int]
@@ -61,7 +62,10 @@ def counted(counts: Mapping[int, int], tokenizer: Tokenizer) -> Use:
         raise RequestError("the corpus is empty: normalisation leaves none of its characters")
     unknown = tokenizer.unk_id
     # GPT-2's end of text is its unknown token as well, and byte-level pieces leave nothing unknown.
-    share = 0.0 if unknown is None or tokenizer.spells_bytes else counts.get(unknown, 0) / total
+    # A bare space stands before each word that is unknown, and says nothing by itself.
+    space = tokenizer.token_id(SPACE)
+    said = max(total - (0 if space is None else counts.get(space, 0)), 1)
+    share = 0.0 if unknown is None or tokenizer.spells_bytes else counts.get(unknown, 0) / said
     if share > _MOST_UNKNOWN:
         raise RequestError(
             f"the tokenizer reads {share:.0%} of the corpus as unknown: expected text of the kind that the model was "
