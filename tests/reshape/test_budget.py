@@ -267,6 +267,12 @@ def test_from_python_a_budget_is_one_argument_and_the_plan_can_be_had_alone():
     source = lathe.preset("t5-small").with_({**TINY, "n_layers": 1, "d_ff": 16})
     model, limit = lathe.Model(source, seed=0).train(), int(0.7 * count(source))
     plan = lathe.plan_budget(model, calibrate=rows(), max_parameters=limit, effort=1, method="select", d_ff=12)
+    said = str(plan)
+    assert " with d_ff=12.\n" in said
+    assert f"from {plan.loss_before:.4f} with d_ff=12" in said
+    assert "Given: d_ff=12; what the rest costs is measured from there." in said
+    assert "its size was given" not in said
+    assert "the source's" not in said.split("Budget")[0]
     assert plan.after <= limit
     assert plan.changes["d_ff"] == 12
     cut = lathe.resize(model, calibrate=rows(), max_parameters=limit, method="truncate")

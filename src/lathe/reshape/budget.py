@@ -294,6 +294,7 @@ class _Planning:
             ),
             measured_on=self.trials.probe.described,
             timed=self.cost.measured,
+            given=written(self.source.short(dict(self.terms.fixed))) if self.terms.fixed else "",
         )
 
     def _rows(self, best: Trial) -> list[Row]:

@@ -29,6 +29,7 @@ KINDS: dict[str, str] = {
     "embedding rank": "d_embed",
     "width": "d_model",
 }
+GIVEN = "its size was given"
 _MOST_SIZES = 64
 _TEXT = 128  # tokens, where computation is counted
 _STEPS = ((2048, 64), (256, 16), (64, 8))  # from which size on, multiples of what
@@ -96,7 +97,7 @@ def offered(source: Architecture, terms: Terms) -> tuple[list[Axis], dict[str, s
     for label, name in KINDS.items():
         paths = [path for path in source.paths(name) if path not in taken]
         if not paths:
-            without[label] = "its size was given"
+            without[label] = GIVEN
         elif name == "vocab_size" and terms.least_vocabulary is None:
             without[label] = "needs a tokenizer and text to see which tokens count"
         else:

@@ -54,6 +54,7 @@ class BudgetPlan:
         trials: every trial: its sizes, what it takes, and its loss.
         measured_on: which text.
         timed: what was timed and where; empty where nothing was.
+        given: the sizes that were set in any case, as they are typed; `before` and `loss_before` are with them.
     """
 
     unit: str
@@ -70,6 +71,7 @@ class BudgetPlan:
     trials: tuple[dict[str, Any], ...]
     measured_on: str
     timed: str
+    given: str = ""
 
     @property
     def best_alone(self) -> Alone | None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lathe.planner.quantities import bytes_text, count_text, written
+from lathe.reshape.budget_axes import GIVEN
 
 PLAN = ("axis", "from", "to", "saved", "loss with this cut alone", "price of a deep cut")
 ALONE = ("axis", "size", "takes", "loss", "change")
@@ -34,7 +35,7 @@ def plan_cells(plan: Mapping[str, Any]) -> list[tuple[str, ...]]:
             amount(plan, plan["after"]),
             f"{amount(plan, saved)} ({saved / plan['before']:.0%})",
             f"{plan['loss']:.4f}",
-            f"measured, {plan['loss'] - plan['loss_before']:+.4f} from the source's {plan['loss_before']:.4f}",
+            f"measured, {plan['loss'] - plan['loss_before']:+.4f} from {_start(plan)}",
         )
     )
     return rows
@@ -57,9 +58,19 @@ def _typed(plan: Mapping[str, Any]) -> str:
     return str(plan.get("written") or written(plan["changes"]))
 
 
+def _start(plan: Mapping[str, Any]) -> str:
+    """The loss that the plan is measured from, and whose it is."""
+    loss = f"{plan['loss_before']:.4f}"
+    return f"{loss} with {plan['given']}" if plan.get("given") else f"the source's {loss}"
+
+
 def sentences(plan: Mapping[str, Any]) -> list[str]:
     """What the tables do not say."""
-    lines = [f"Budget: {amount(plan, plan['limit'])} of {amount(plan, plan['before'])}."]
+    given = plan.get("given")
+    first = f"{amount(plan, plan['before'])} with {given}" if given else amount(plan, plan["before"])
+    lines = [f"Budget: {amount(plan, plan['limit'])} of {first}."]
+    if given:
+        lines.append(f"Given: {given}; what the rest costs is measured from there.")
     lines.append(
         f"{len(plan['trials'])} trials, each cut for real and measured: {plan['measured_on']}, in nats for each token "
         "of the source's tokenizer."
@@ -74,7 +85,7 @@ def sentences(plan: Mapping[str, Any]) -> list[str]:
             f"Best single axis: {alone['label']} at {alone['size']:,}, loss {alone['loss']:.4f}; "
             f"the plan: {plan['loss']:.4f} ({plan['loss'] - alone['loss']:+.4f})."
         )
-    lines += [f"Not cut, {label}: {why}." for label, why in plan["without"].items()]
+    lines += [f"Not cut, {label}: {why}." for label, why in plan["without"].items() if why != GIVEN]
     return lines
 
 
