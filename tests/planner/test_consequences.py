@@ -40,6 +40,13 @@ class TestHeads:
         assert _about(plan("t5-large", d_model=512, n_heads=12), "heads") == ""
         assert _about(plan("t5-large", {"decoder.attention.n_heads": 12}, d_model=512), "heads") != ""
 
+    @pytest.mark.parametrize(("given", "n_heads"), [(4, 16), (8, 16), (32, None)])
+    def test_key_and_value_heads_that_were_set_by_hand_stay_as_many(self, given: int, n_heads: int | None) -> None:
+        """And what is proposed can be had with them; as many as there are query heads leave nothing to propose."""
+        proposed = _proposed(plan("llama-3.2-1b", d_model=1024, n_kv_heads=given), "heads")
+        assert proposed == ({} if n_heads is None else {"n_heads": n_heads})
+        assert plan("llama-3.2-1b", d_model=1024, n_kv_heads=given, **proposed).after is not None
+
     def test_stacks_of_their_own_get_their_own(self) -> None:
         made = plan("t5-small", {"encoder.attention.n_heads": 4}, d_model=256)
         assert _proposed(made, "heads") == {"decoder.attention.n_heads": 4}

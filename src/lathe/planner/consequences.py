@@ -130,10 +130,12 @@ def _heads(change: _Change) -> Iterator[Consequence]:
         if _same(ratio, now) or any(change.set_by_hand(path) for path in paths):
             continue
         a = new.attention
-        group = a.n_heads // a.kv_heads
+        # As large groups as there are; or, where it was said how many there are, as many.
+        are_given = change.set_by_hand(f"{name}.attention.n_kv_heads")
+        group = a.kv_heads if are_given else a.n_heads // a.kv_heads
         n_heads = max(1, round(ratio * change.new.d_model / (a.d_head * group))) * group
         wanted[f"{name}.attention.n_heads"] = n_heads
-        if a.n_kv_heads is not None:
+        if a.n_kv_heads is not None and not are_given:
             wanted[f"{name}.attention.n_kv_heads"] = n_heads // group
         said = (
             f"Queries are {a.d_q:,} wide ({a.n_heads} heads of {a.d_head}), {now:.1f} times the stream of "
