@@ -386,6 +386,25 @@ def test_a_model_of_fewer_positions_is_compared_on_rows_as_short(cli: Callable, 
     assert alone["length"] == 64
 
 
+def test_what_a_model_cannot_read_is_said_where_it_is_compared(cli: Callable, here: Path):
+    """Unknown pieces are easily guessed: bits a byte are few where most of the text is unknown."""
+    tokenizer = train_tokenizer(documents(60, 0), 90, convention="llama", byte_fallback=False)
+    sizes = {**SIZES, "n_kv_heads": 2, "max_positions": 64, "vocab_size": tokenizer.vocab_size}
+    tokens = {"tokens.pad": None, "tokens.bos": tokenizer.bos_id, "tokens.eos": [tokenizer.eos_id]}
+    blind = lathe.preset("llama-3.2-1b").with_({**sizes, **tokens})
+    lathe.Model(blind, seed=0, tokenizer=tokenizer).save("blind")
+    Path("korean.txt").write_text("선반은 나무를 깎는다\n" * 20, encoding="utf-8")
+    few = "\n".join([*documents(20, 2), "선반은 나무를 깎는다"])
+    Path("few.txt").write_text(few, encoding="utf-8")
+    ran = cli("compare", "gpt2", "blind", "--data", "korean.txt", "--device", "cpu")
+    assert ran.code == 2
+    assert "blind: the tokenizer reads 100% of the corpus as unknown" in ran.err
+    some = json.loads(cli("compare", "gpt2", "blind", "--data", "few.txt", "--device", "cpu", "--json").out)
+    assert [row["unknown"] > 0 for row in some["rows"]] == [False, True]
+    assert "Where text is unknown they say too little: blind reads " in some["note"]
+    assert "too little" not in cli("compare", "gpt2", "blind", "--data", "held.txt", "--device", "cpu", "--json").out
+
+
 def test_models_are_compared_on_the_same_text(cli: Callable, here: Path):
     options = ["--calibrate", "text.txt", "--device", "cpu"]
     assert cli("resize", "gpt2", "small", "d_model=12", *options).code == 0

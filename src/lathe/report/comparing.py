@@ -27,6 +27,7 @@ from lathe.reshape.outcome import finite
 from lathe.reshape.source import Source, open_source
 from lathe.reshape.text import Documents, Text, TextSettings, lay, read_documents, row_length
 from lathe.text.tokenizer import Tokenizer
+from lathe.text.use import use_of
 from lathe.train.machine import pick_device
 
 _HEADER = ("model", "parameters", "weights", "loss", "perplexity", "bits/byte", "tokens/s")
@@ -41,6 +42,7 @@ class Row:
         bits_per_byte: of a causal model.
         objective: what it predicts.
         tokenizer: the first digits of a digest of what its tokenizer makes of the text.
+        unknown: the share of the text's pieces that are unknown to it, which are easily guessed and say nothing.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Row:
     tokens_per_second: float
     objective: str
     tokenizer: str
+    unknown: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,17 @@ def _row(source: Source, found: Quality, speed: float, text: Text, documents: Do
         speed,
         text.objective.name,
         _spelling(source.tokenizer, documents, text.objective),
+        _unknown(source, documents),
     )
+
+
+def _unknown(source: Source, documents: Documents) -> float:
+    """The share of the text's pieces that a model does not know; RequestError where it knows less than half."""
+    assert source.tokenizer is not None
+    try:
+        return use_of(source.tokenizer, [*documents.texts, *(documents.targets or ())]).unknown
+    except RequestError as error:
+        raise RequestError(f"{source.name}: {error}; leave it out") from None
 
 
 def _spelling(tokenizer: Tokenizer, documents: Documents, objective: Objective) -> str:
@@ -170,7 +183,9 @@ def _judged(rows: Sequence[Row]) -> tuple[str, str]:
     if len({row.tokenizer for row in rows}) == 1 and len({row.objective for row in rows}) == 1:
         return "loss", ""
     if all(row.bits_per_byte is not None for row in rows):
-        return "bits_per_byte", "The tokenizers differ, so losses a token do not compare; bits a byte do."
+        blind = ", ".join(f"{row.name} reads {row.unknown:.1%} of its pieces" for row in rows if row.unknown)
+        less = f" Where text is unknown they say too little: {blind} as unknown." if blind else ""
+        return "bits_per_byte", f"The tokenizers differ, so losses a token do not compare; bits a byte do.{less}"
     return "loss", (
         "The models have different tokenizers or objectives, so their losses do not compare: "
         + "; ".join(f"{row.name} is {row.objective} with tokenizer {row.tokenizer}" for row in rows)
