@@ -61,7 +61,7 @@ def pretence() -> Iterator[None]:
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     chance = random.Random(0)
     file = tmp_path_factory.mktemp("devices") / "text.txt"
-    file.write_text("\n".join(" ".join(chance.choices(WORDS, k=30)) for _ in range(30)), encoding="utf-8")
+    file.write_text("\n".join(" ".join(chance.choices(WORDS, k=30)) for _ in range(60)), encoding="utf-8")
     return file
 
 
