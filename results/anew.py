@@ -19,19 +19,26 @@ from lathe.train.request import RunSettings, read_request
 Sizes = Mapping[str, Any]
 
 
-def perplexity_anew(parent: Parent, sizes: Sizes, tokens: int, out: Path, key: str) -> float:
+def perplexity_anew(
+    parent: Parent, sizes: Sizes, tokens: int, out: Path, key: str, *, precision: str | None = None
+) -> float:
     """Of a model that was trained on so many tokens; on the whole budget after whatever came before the parent's run.
 
     Its runs are kept in `out` under `key`.
+
+    Args:
+        precision: of the matrix products; where left out, the parent's.
     """
     first, start = _first_run(parent.request), None
+    how = {} if precision is None else {"precision": precision}
     if first is not None and tokens == parent.tokens:
-        start = _trained(first, sizes, first.tokens, out / f"{key}-first", None)
+        start = _trained(first, sizes, first.tokens, out / f"{key}-first", None, how)
     elif first is not None:
         start, blank = out / f"{key}-start", parent.model.architecture.with_(sizes)
         if not start.exists():
             lathe.Model(blank, seed=0, tokenizer=parent.model.tokenizer).save(start)
-    return parent.perplexity(lathe.load(_trained(parent.request, sizes, tokens, out / f"{key}-new-{tokens}", start)))
+    folder = out / f"{key}-new-{tokens}"
+    return parent.perplexity(lathe.load(_trained(parent.request, sizes, tokens, folder, start, how)))
 
 
 def _first_run(request: RunSettings) -> RunSettings | None:
@@ -42,9 +49,11 @@ def _first_run(request: RunSettings) -> RunSettings | None:
     return read_request(json.loads(asked_before.read_text(encoding="utf-8")), {})
 
 
-def _trained(request: RunSettings, sizes: Sizes, tokens: int | None, folder: Path, start: Path | None) -> Path:
+def _trained(
+    request: RunSettings, sizes: Sizes, tokens: int | None, folder: Path, start: Path | None, how: Mapping[str, Any]
+) -> Path:
     """The last checkpoint of a run at other sizes, from `start` or from nothing."""
-    changes: dict[str, Any] = {"tokens": tokens, "evaluate_every": None}
+    changes: dict[str, Any] = {"tokens": tokens, "evaluate_every": None, **how}
     if tokens is not None:  # a short run rises as early in its time
         steps = tokens // ((request.data.rows or 1) * request.data.length)
         changes["schedule.warmup"] = min(request.schedule.warmup, steps // 10)

@@ -34,6 +34,7 @@ def main() -> None:
     whole = ledger.once("parent", parent.perplexity)
     budgets, news = ([round(part * parent.tokens) for part in parts if part] for parts in (given.heal, given.new))
     how = "".join(f", {name} {value}" for name in ("noise", "lr", "precision") if (value := getattr(given, name)))
+    precision = f", precision {given.precision}" if given.precision else ""
     header = ["cut", "parameters", "unhealed", *(f"healed, {tokens:,} tokens" for tokens in budgets)]
     header += [f"from nothing, {tokens:,} tokens" for tokens in news]
     lines = [
@@ -54,7 +55,16 @@ def main() -> None:
             healed = ledger.once(f"{name}, healed {tokens}{how}", _healed, parent, cut, tokens, given, folder)
             cells.append(f"{healed / whole:.3f}")
         for tokens in news:
-            new = ledger.once(f"{name}, new {tokens}", perplexity_anew, parent, changes, tokens, given.out, _key(name))
+            new = ledger.once(
+                f"{name}, new {tokens}{precision}",
+                perplexity_anew,
+                parent,
+                changes,
+                tokens,
+                given.out,
+                _key(f"{name}{precision}"),
+                precision=given.precision,
+            )
             cells.append(f"{new / whole:.3f}")
         lines.append(f"| {' | '.join(cells)} |")
         given.out.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -104,7 +114,7 @@ def _words() -> argparse.Namespace:
     words.add_argument("--only", type=lambda text: text.split(","), default=[""], help="how names of cuts begin")
     words.add_argument("--lr", type=float, help="of the healing; where left out, what lathe heals with")
     words.add_argument("--noise", type=float, default=0.0, help="share of the tokens that are swapped while it heals")
-    words.add_argument("--precision", choices=["fp32", "bf16"], help="of the healing's matrix products")
+    words.add_argument("--precision", choices=["fp32", "bf16"], help="of all training's matrix products")
     words.add_argument("--out", type=Path, required=True, help="where the runs, OUT.json and OUT.md are kept")
     return words.parse_args()
 
