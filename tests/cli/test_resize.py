@@ -107,11 +107,28 @@ def test_losses_under_another_tokenizer_are_not_compared(cli: Callable, here: Pa
     card = Path("fewer/README.md").read_text(encoding="utf-8")
     assert "The tokenizer changed" in card
     assert "bits per byte" in card
+    assert "unknown" not in card  # byte-level pieces spell everything
     assert "other tokens" in card
     again = cli("resize", "gpt2", "again", "--recipe", "fewer", "--device", "cpu")
     assert again.code == 0, again.err
     for file in ("model.safetensors", "tokenizer.json"):
         assert Path("fewer", file).read_bytes() == Path("again", file).read_bytes()
+
+
+def test_bits_a_byte_of_text_that_has_become_unknown_are_said_to_say_too_little(cli: Callable, here: Path):
+    tokenizer = lathe.load("t5").tokenizer  # its pieces spell no bytes
+    assert tokenizer is not None
+    base = lathe.preset("gpt2")
+    tokens = {**base.tokens.to_dict(), "bos": None, "eos": [tokenizer.eos_id]}
+    shape = base.with_({**SIZES, "max_positions": 64, "vocab_size": tokenizer.vocab_size, "tokens": tokens})
+    lathe.Model(shape, seed=0, tokenizer=tokenizer).save("plain")
+    words = ["--calibrate", "text.txt", "--device", "cpu", "--json"]
+    for size, unknown in ((tokenizer.vocab_size - 1, False), (108, True)):
+        ran = cli("resize", "plain", f"at-{size}", f"vocab_size={size}", *words)
+        assert ran.code == 0, ran.err
+        card = Path(f"at-{size}/README.md").read_text(encoding="utf-8")
+        assert "bits per byte" in card
+        assert ("say too little where text is read as unknown" in card) == unknown
 
 
 def test_a_recipe_makes_the_same_bytes_and_refuses_anything_else(cli: Callable, here: Path):

@@ -13,6 +13,7 @@ from lathe.report.frontier import Point, frontier_svg
 from lathe.report.html import Page
 from lathe.report.plots import curves
 from lathe.reshape.budget_table import ALONE, PLAN, alone_cells, plan_cells, sentences
+from lathe.reshape.history import UNKNOWN
 from lathe.reshape.measure import Quality
 from lathe.reshape.outcome import Done, Outcome, Size
 from lathe.reshape.recipe import Recipe
@@ -209,6 +210,8 @@ def _summary(outcome: Outcome) -> str:
             text += f", bits per byte {after.bits_per_byte / before.bits_per_byte - 1:+.1%} on {where}"
     form = f"stock {outcome.family} files" if outcome.family else "Lathe's own form"
     note = "" if outcome.is_comparable else f" {_OTHER_TOKENS}"
+    if UNKNOWN in outcome.text and not outcome.is_comparable:
+        note += f" Bits a byte say too little where text is {UNKNOWN}: {outcome.text[UNKNOWN]}."
     return f"{text}. Saved as {form}.{note}"
 
 

@@ -13,6 +13,7 @@ import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ from lathe.reshape.state import Step
 from lathe.reshape.stream import StreamedTransformer, weights_of
 from lathe.reshape.text import Documents, Text, TextSettings, lay
 from lathe.text.tokenizer import Tokenizer
+from lathe.text.use import unknown_share
+
+UNKNOWN = "read as unknown"  # the fact that says how much of the text the result cannot read
 
 
 @dataclass(frozen=True)
@@ -64,10 +68,14 @@ class Reading:
     def facts(self, model: Transformer, tokenizer: Tokenizer | None) -> dict[str, str]:
         """What was measured on, in words."""
         held = self.laid(model, tokenizer)
-        if held is None or self.settings is None:
+        if held is None or self.settings is None or tokenizer is None:
             return {}
         told = described(held, self.settings) + (", kept apart from what fits" if self.documents is self.apart else "")
-        return {"measured on": told} | ({} if held.objective is None else {"objective": held.objective.name})
+        facts = {"measured on": told} | ({} if held.objective is None else {"objective": held.objective.name})
+        unknown = unknown_share(tokenizer, chain(held.documents.texts, held.documents.targets or ()))
+        if unknown:
+            facts[UNKNOWN] = f"{unknown:.1%} of that text's pieces, which are easily guessed"
+        return facts
 
 
 @dataclass

@@ -43,12 +43,31 @@ def use_of(tokenizer: Tokenizer, corpus: Corpus) -> Use:
     Raises:
         RequestError: an empty corpus, text that is not UTF-8, or one that the tokenizer reads as mostly unknown.
     """
+    return counted(_counts(tokenizer, iter_texts(corpus)), tokenizer)
+
+
+def unknown_share(tokenizer: Tokenizer, texts: Iterable[str]) -> float:
+    """The share of the texts' pieces, bare spaces apart, that are unknown to the tokenizer, 0 to 1."""
+    return _unknown(tokenizer, _counts(tokenizer, texts))
+
+
+def _counts(tokenizer: Tokenizer, texts: Iterable[str]) -> Counter[int]:
     counts: Counter[int] = Counter()
-    texts = iter_texts(corpus)
-    while group := list(islice(texts, _AT_ONCE)):
+    left = iter(texts)
+    while group := list(islice(left, _AT_ONCE)):
         for ids in tokenizer.encode_batch(group, add_special_tokens=False):
             counts.update(ids)
-    return counted(counts, tokenizer)
+    return counts
+
+
+def _unknown(tokenizer: Tokenizer, counts: Mapping[int, int]) -> float:
+    unknown, space = tokenizer.unk_id, tokenizer.token_id(SPACE)
+    # GPT-2's end of text is its unknown token as well, and byte-level pieces leave nothing unknown.
+    if unknown is None or tokenizer.spells_bytes:
+        return 0.0
+    # A bare space stands before each word that is unknown, and says nothing by itself.
+    said = sum(counts.values()) - (0 if space is None else counts.get(space, 0))
+    return counts.get(unknown, 0) / max(said, 1)
 
 
 def counted(counts: Mapping[int, int], tokenizer: Tokenizer) -> Use:
@@ -57,15 +76,9 @@ def counted(counts: Mapping[int, int], tokenizer: Tokenizer) -> Use:
     Raises:
         RequestError: the text is empty, or mostly unknown.
     """
-    total = sum(counts.values())
-    if not total:
+    if not sum(counts.values()):
         raise RequestError("the corpus is empty: normalisation leaves none of its characters")
-    unknown = tokenizer.unk_id
-    # GPT-2's end of text is its unknown token as well, and byte-level pieces leave nothing unknown.
-    # A bare space stands before each word that is unknown, and says nothing by itself.
-    space = tokenizer.token_id(SPACE)
-    said = max(total - (0 if space is None else counts.get(space, 0)), 1)
-    share = 0.0 if unknown is None or tokenizer.spells_bytes else counts.get(unknown, 0) / said
+    share = _unknown(tokenizer, counts)
     if share > _MOST_UNKNOWN:
         raise RequestError(
             f"the tokenizer reads {share:.0%} of the corpus as unknown: expected text of the kind that the model was "
