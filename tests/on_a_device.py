@@ -152,16 +152,9 @@ def test_a_model_is_cut_on_text_there(
     agree(*cut)
 
 
-def size(model: lathe.Model) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
 DONE: dict[str, Callable[[lathe.Model, Path], lathe.Model]] = {
     "grown": lambda model, text: lathe.resize(model, d_ff=30),
     "of ids": lambda model, text: lathe.resize(model, d_ff=12, calibrate=[IDS.repeat(8, 1)]),
-    "in a budget": lambda model, text: lathe.resize(
-        model, max_parameters=size(model) * 4 // 5, calibrate=text, effort=1, search=0, own_form=True
-    ),
     "int8": lambda model, text: lathe.quantize(model, calibrate=text, activations="none"),
     "int4 by GPTQ": lambda model, text: lathe.quantize(model, bits=4, calibrate=text, method="gptq"),
 }
@@ -171,6 +164,15 @@ DONE: dict[str, Callable[[lathe.Model, Path], lathe.Model]] = {
 def test_a_model_becomes_another_there(both: tuple[lathe.Model, lathe.Model], how: str, text: Path) -> None:
     here, there = both
     agree(DONE[how](there, text), DONE[how](here, text))
+
+
+@pytest.mark.parametrize("both", ["gpt2"], indirect=True)  # it is many cuts of the kinds above
+def test_a_budget_is_spent_there(both: tuple[lathe.Model, lathe.Model], text: Path) -> None:
+    most = sum(p.numel() for p in both[0].parameters()) * 4 // 5
+    here, there = (
+        lathe.resize(each, max_parameters=most, calibrate=text, effort=1, search=0, own_form=True) for each in both
+    )
+    agree(there, here)
 
 
 def test_a_model_is_healed_adapted_and_saved_there(
