@@ -45,6 +45,12 @@ def _in_a_process(*words: str, **variables: str) -> subprocess.CompletedProcess[
     return subprocess.run(command, capture_output=True, env={**os.environ, **variables}, check=False)
 
 
+def test_the_help_of_a_verb_says_what_each_argument_is(cli) -> None:
+    shown = cli("resize", "--help").out
+    for said in ("A model's directory, or a hub id.", "Where the new model goes.", "d_model=384"):
+        assert said in shown
+
+
 def test_without_words_it_shows_the_help_and_succeeds(cli, add_verb: AddVerb) -> None:
     add_verb("polish", _raising(RuntimeError()))
     ran = cli()

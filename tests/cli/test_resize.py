@@ -213,9 +213,22 @@ def test_a_kept_healing_goes_on_with_its_own_cut_alone(cli: Callable, here: Path
         ran = cli("resize", "gpt2", name, *words, "search=0")
         assert ran.code == 0, ran.err
     assert Path("one/model.safetensors").read_bytes() == Path("two/model.safetensors").read_bytes()
-    for other in (["search=2"], ["search=0", "seed=1"]):
+    less = Path("less.txt")
+    less.write_text("\n".join(documents(50, 0)), encoding="utf-8")
+    others = {
+        "search=0, and this one says 2": ["search=2"],
+        "seed=0, and this one says 1": ["search=0", "seed=1"],
+        "heal.lr=none, and this one says 0.01": ["search=0", "heal.lr=0.01"],
+        "changes.d_ff=none, and this one says 20": ["search=0", "d_ff=20"],
+        "text.calibrate=": ["search=0", "--calibrate", "less.txt"],
+    }
+    for line, other in others.items():
         refused = cli("resize", "gpt2", "three", *words, *other)
-        assert (refused.code, "was started with cut=" in refused.err) == (2, True)
+        assert (refused.code, f"began with {line}" in refused.err) == (2, True), refused.err
+        assert "resizing" not in refused.err
+    moved = cli("resize", "gpt2", "four", *words, "search=0", "heal.save_every=1", "stream=true")
+    assert moved.code == 0, moved.err
+    assert Path("one/model.safetensors").read_bytes() == Path("four/model.safetensors").read_bytes()
 
 
 def test_what_only_lathes_own_form_holds_is_asked_for(cli: Callable, here: Path):

@@ -127,9 +127,15 @@ def test_a_healing_that_was_killed_goes_on_with_the_plan_it_began_with(cli: Call
     killed.wait()
     assert not Path("small").exists()
     plan = json.loads(Path("small.heal/budget-plan.json").read_text(encoding="utf-8"))["plan"]
-    less = str(limit * 3 // 4)  # another plan is made anew, and the run refuses it
-    other = cli("resize", *[less if word == str(limit) else word for word in words])
-    assert (other.code, "trial" in other.err, "was started with" in other.err) == (2, True, True), other.err
+    less = str(limit * 3 // 4)  # another plan would be made anew, and the run would refuse it
+    for changed, line in (
+        ([less if word == str(limit) else word for word in words], f"began with budget.bytes={limit}, and"),
+        ([*words, "heal.lr=0.01"], "began with heal.lr=none, and this one says 0.01"),
+        ([*words, "n_layers=1"], "whose sizes were found for another request"),
+        ([*words, "--data", "text.txt"], "began with text.calibrate="),  # none of it is kept apart then
+    ):
+        other = cli("resize", *changed)
+        assert (other.code, "trial" in other.err, line in other.err) == (2, False, True), other.err
     ran = cli("resize", *words, "--json")
     assert ran.code == 0, ran.err
     assert "the plan is the one in" in ran.err

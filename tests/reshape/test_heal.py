@@ -56,6 +56,7 @@ def test_a_cut_model_comes_nearer_to_its_parent(parent: tuple[lathe.Model, Path]
     before = evaluate(small, text, loss_fn=distance).loss
     lathe.heal(small, model, file, steps=12, lr=5e-3, rows=4, length=32, weight=1.0)
     assert evaluate(small, text, loss_fn=distance).loss < 0.9 * before
+    assert small.steps[-1].name.startswith("heal for 12 steps on ")
     assert not small.training
     assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
 

@@ -227,7 +227,15 @@ class Model(Transformer):
         return generate(self, input_ids, attention_mask, stored=self.generation, **settings)
 
     def plan(self, **changes: Any) -> Plan:
-        """What this model costs, and what it would cost with other sizes; see `lathe.plan`."""
+        """What this model costs, and what it would cost with other sizes; see `lathe.plan`.
+
+        Example:
+            >>> import lathe
+            >>> tiny = lathe.preset("gpt2").with_(d_model=24, n_heads=2, d_head=12, d_ff=48, n_layers=1)
+            >>> plan = lathe.Model(tiny, seed=0).plan(d_ff=24)
+            >>> plan.before.parameters.total - plan.after.parameters.total  # 24 neurons: a row, a column, a bias
+            1176
+        """
         from lathe.planner import plan
 
         return plan(self.architecture, **changes)

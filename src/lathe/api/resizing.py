@@ -222,22 +222,40 @@ def heal(
 ) -> Model:
     """Train a cut model, in place, to do what the model it was cut from does; it is returned.
 
-    The loss is the teacher's whole distribution and the text's own labels, as the model's objective asks them.
+    The loss is the divergence from the teacher's whole distribution on what the model's objective asks; `weight` below
+    1 gives the text's own labels the rest.
 
     Args:
         teacher: the model before the cut, with the same vocabulary; it is not changed.
         data: a file that `lathe.data.read` opens.
         folder: keep the run there, so that it can be killed and, called again with the same cut and teacher, goes on;
-            nowhere where left out.
-        settings: fields of `lathe.reshape.heal.HealSettings`: `steps=500`, `tokens=`, `lr=2e-3`, `weight=0.9`,
-            `hidden=0.1`, `rows=16`, `length=128`, `precision="bf16"`.
+            nowhere where left out. A model whose healing was interrupted is half healed: cut it again first.
+        settings: fields of `lathe.reshape.heal.HealSettings`, among them `steps` (200) or `tokens`, `lr` (5e-3, or 1e-3
+            with `optimizer="adamw"`), `weight` (1), `temperature` (1), `top_k`, `hidden` (0), `noise` (0), `rows` (16),
+            `length`, `precision`; `field`, or `source`, `target` and `prefix` of pairs.
 
     Raises:
         RequestError: no tokenizer, another vocabulary, an unknown setting, text that does not fit the model, or a run
             in `folder` of other models or settings.
         LatheError: the loss is no number any more, or the disk is full.
+
+    Example:
+        >>> import lathe, pathlib, tempfile
+        >>> from lathe.text import train_tokenizer
+        >>> text = ["a lathe turns wood to the size that was asked for"] * 9
+        >>> tokenizer = train_tokenizer(text, 280, convention="gpt2")
+        >>> sizes = {"d_model": 16, "d_ff": 32, "n_layers": 1, "n_heads": 2, "d_head": 8, "max_positions": 32}
+        >>> tiny = lathe.preset("gpt2").with_({**sizes, "vocab_size": 280, "tokens.bos": 0, "tokens.eos": [0]})
+        >>> parent = lathe.Model(tiny, seed=0, tokenizer=tokenizer)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = pathlib.Path(folder) / "text.txt"
+        ...     _ = file.write_text("\\n".join(text), encoding="utf-8")
+        ...     small = lathe.heal(lathe.resize(parent, d_ff=24, calibrate=file), parent, file, steps=2, rows=2)
+        >>> small.steps[-1].name
+        'heal for 2 steps on ... tokens'
     """
     from lathe.reshape.at_hand import digests, healed, stored_digest
+    from lathe.reshape.carry_out import healed_step
     from lathe.reshape.heal import HealSettings
     from lathe.reshape.heal import heal as run
     from lathe.reshape.measure import is_two_sided, logits_of
@@ -272,4 +290,5 @@ def heal(
         digest = stored_digest(teacher, teacher.directory, teacher.tokenizer)
         is_source = digest is not None and digest == history.recipe.source.get("sha256")
         model.history = healed(history, model, tokenizer, asked, documents, done, before, is_from_source=is_source)
+    model.steps = (*model.steps, healed_step(done))
     return model

@@ -30,7 +30,7 @@ def command(
         typer.Argument(
             metavar="[FIELD=VALUE]...",
             help="d_model=384, d_ff=1024, n_layers=4, n_heads=6, d_embed=128 …; also calibrate.tokens=100000, "
-            "calibrate.field=document, data.tokens=50000, heal.steps=500, heal.lr=2e-3, objective=masked, "
+            "calibrate.field=document, data.tokens=50000, heal.steps=500, heal.lr=5e-3, objective=masked, "
             "refit=false, stream=true, budget.effort=3, seed=1. Tokens: vocab_size=8000, vocabulary=FILE (keep what "
             "this text uses, or learn new pieces from it), words=[one,two], multiple_of=64. Layers: sharing=all, "
             "share=middle, remainder=8 (what they differ by, in an adapter in DST/remainder).",

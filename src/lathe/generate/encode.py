@@ -152,6 +152,15 @@ def classify(
     Raises:
         RequestError: no classifier of whole texts, or of one number (regression) or several labels at once, and what
             `encode` refuses.
+
+    >>> import lathe
+    >>> from lathe.text import train_tokenizer
+    >>> tokenizer = train_tokenizer(["to be or not to be"] * 9, 18, convention="bert")
+    >>> sizes = {"d_model": 16, "d_ff": 16, "n_layers": 1, "n_heads": 2, "d_head": 8, "vocab_size": 40}
+    >>> shape = lathe.preset("bert-base-uncased", head="classification").with_(sizes)
+    >>> labels = lathe.classify(lathe.Model(shape, seed=0, tokenizer=tokenizer), ["to be", "or not to be"])
+    >>> [each.text for each in labels], len(labels[0].probabilities)
+    (['to be', 'or not to be'], 2)
     """
     spec, config = model.architecture.head, getattr(model, "config", {})
     if spec.classifier is None or spec.language is not None or (spec.pooler and spec.pooler.token == "each"):

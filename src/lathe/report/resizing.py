@@ -13,6 +13,7 @@ from lathe.report.frontier import Point, frontier_svg
 from lathe.report.html import Page
 from lathe.report.plots import curves
 from lathe.reshape.budget_table import ALONE, PLAN, alone_cells, plan_cells, sentences
+from lathe.reshape.heal import HealSettings
 from lathe.reshape.history import UNKNOWN
 from lathe.reshape.measure import Quality
 from lathe.reshape.outcome import Done, Outcome, Size
@@ -65,10 +66,10 @@ def page(outcome: Outcome, recipe: Recipe) -> str:
     if outcome.curves:
         made.heading("Healing")
         lines = {title: ([x for x, _ in points], [y for _, y in points]) for title, points in outcome.curves.items()}
-        made.picture(
-            curves(lines, x="step", y="loss on the batch"),
-            "The loss is the parent's distribution and the text's labels together, so it is not the loss of the table.",
-        )
+        healed = [HealSettings.from_dict(stage["heal"]) for stage in recipe.stages if "heal" in stage]
+        losses = " or ".join(dict.fromkeys(each.loss_in_words for each in healed))
+        drawn = curves(lines, x="step", y="loss on the batch")
+        made.picture(drawn, f"The loss is {losses}, so it is not the loss of the table.")
     made.heading("How it was made")
     if outcome.text:
         made.facts(outcome.text)

@@ -15,12 +15,12 @@ from lathe.model.transformer import Transformer
 from lathe.planner.quantities import bytes_text
 from lathe.reshape.budget import plan_budget
 from lathe.reshape.budget_cost import BudgetSettings
-from lathe.reshape.budget_kept import keep, kept_plan
 from lathe.reshape.budget_plan import BudgetPlan
 from lathe.reshape.budget_trial import RowsProbe, TextProbe
 from lathe.reshape.calibrate import Batch
 from lathe.reshape.carry_out import shard_bytes
 from lathe.reshape.job import Job
+from lathe.reshape.kept import keep_plan, kept_plan
 from lathe.reshape.measure import weight_bytes
 from lathe.reshape.opening import with_sizes
 from lathe.reshape.resize import check_how
@@ -47,7 +47,8 @@ def spend(
             is: a healing that was killed goes on with the sizes that it began with, however the machine times today.
 
     Raises:
-        RequestError: no budget, no text to measure on, or a budget that cannot be met (says the least possible).
+        RequestError: no budget, no text to measure on, a budget that cannot be met (says the least possible), or a
+            healing in `kept` that began otherwise.
         LatheError: the disk is full.
     """
     if job.request.budget is None:
@@ -61,7 +62,7 @@ def spend(
     else:
         plan = _planned(job, say, beside)
         if kept is not None:
-            keep(job, plan, kept)
+            keep_plan(job, plan, kept)
     return with_sizes(job, plan.changes, plan.to_dict()), plan
 
 

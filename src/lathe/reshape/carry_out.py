@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from lathe.planner.quantities import bytes_text
 from lathe.reshape.heal import Healing, HealSettings, heal
 from lathe.reshape.history import History, Made, Reading, described, outcome_of, write
 from lathe.reshape.job import Job, Reporter, recipe_of
+from lathe.reshape.kept import keep_request
 from lathe.reshape.measure import (
     is_two_sided,
     logits_of,
@@ -117,6 +119,7 @@ class Work:
             reporter.say(f"rows {job.rows}")
         if before is not None:
             reporter.say(f"{source.name}: {parameters_of(self.model):,} parameters, loss {before.loss:.4f}")
+            self._say_if_it_guesses(before.loss)
 
     @property
     def made(self) -> Made:
@@ -185,6 +188,7 @@ class Work:
                 f"{settings.file} holds {batches.corpus.n_tokens:,} tokens and is read up to {times:.0f} times: more "
                 "text heals better"
             )
+        keep_request(self.job, run)
         number = 1 + sum("heal" in stage for stage in self.history.recipe.stages)
         model, title = whole(self.model).to(device), f"healing {number}"
         total = settings.most_steps or _PARTS
@@ -254,6 +258,17 @@ class Work:
         self._logits = self.history.note(model, tokenizer, list(steps), before, heals=heals)
         self.tokenizer = tokenizer
         self._say(steps)
+
+    def _say_if_it_guesses(self, loss: float) -> None:
+        """What a cut of a model costs on a text that tells it nothing is no measurement."""
+        size = self.model.architecture.embedding.vocab_size
+        if self.model.architecture.head.language is not None and loss >= math.log(size):
+            self.history.facts["guessing"] = (
+                f"the source's loss is no better than that of a guess among {size:,} tokens; is it asked what it was "
+                "trained on? objective= says the task, and calibrate.source=, calibrate.target= and calibrate.prefix= "
+                "make pairs of the text"
+            )
+            self.reporter.say(self.history.facts["guessing"])
 
     def _say_if_widened(self) -> None:
         """Files of several types are read as the widest of them, and a cut may take more bytes than they do."""

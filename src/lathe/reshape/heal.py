@@ -90,6 +90,14 @@ class HealSettings(Spec):
             raise RequestError(f"hidden={self.hidden}: expected 0 or more")
 
     @property
+    def loss_in_words(self) -> str:
+        """What is made small, for who reads the curve."""
+        parts = ["the divergence from the parent's distribution"] if self.weight > 0 else []
+        parts += ["the text's own labels"] if self.weight < 1 else []
+        parts += ["the difference of the hidden states"] if self.hidden else []
+        return " and ".join(parts)
+
+    @property
     def text(self) -> TextSettings:
         """The text that it takes: no more than is read."""
         return TextSettings(

@@ -22,9 +22,9 @@ import torch
 
 from lathe.blueprint import stored
 from lathe.checkpoint.atomic import atomic_directory
-from lathe.reshape.budget_kept import PLAN
 from lathe.reshape.carry_out import carry_out
 from lathe.reshape.job import Job, Reporter, Silent
+from lathe.reshape.kept import PLAN, REQUEST, require_same_request
 from lathe.reshape.outcome import Outcome
 from lathe.reshape.recipe import Recipe
 from lathe.reshape.spill import Tensors
@@ -45,7 +45,7 @@ def run_job(
             at the end.
 
     Raises:
-        RequestError: `directory` exists, or text that is too short.
+        RequestError: `directory` exists, text that is too short, or a healing in `run` that began otherwise.
         LatheError: the disk is full. Nothing is left at `directory`; what healing had reached stays in its run.
     """
     started = time.perf_counter()
@@ -53,18 +53,21 @@ def run_job(
     nbytes = itemsize * sum(parameter.size for parameter in stored(job.target))
     if job.is_streamed:  # what operations make on the way is float64
         nbytes += 8 * sum(parameter.size for parameter in stored(job.source.model.architecture))
+    kept = run or heal_folder(directory)
+    if job.request.heal is not None:
+        require_same_request(job, kept)
     reporter = reporter or Silent()
     if job.why_streamed:
         reporter.say(job.why_streamed)
     with atomic_directory(directory, nbytes=nbytes) as made:
         with _scratch(made / ".scratch") if job.is_streamed else nullcontext() as scratch:
             work = job if scratch is None else through(job, scratch)
-            outcome, recipe = carry_out(work, made, run or heal_folder(directory), reporter, directory.name)
+            outcome, recipe = carry_out(work, made, kept, reporter, directory.name)
         outcome.seconds = time.perf_counter() - started
         for name, text in pages(outcome, recipe).items():
             (made / name).write_text(text, encoding="utf-8")
     if run is None:
-        _remove_runs(heal_folder(directory), sum("heal" in stage for stage in job.stages))
+        _remove_runs(kept, sum("heal" in stage for stage in job.stages))
     return outcome
 
 
@@ -73,7 +76,8 @@ def _remove_runs(folder: Path, number: int) -> None:
     for stage in range(1, number + 1):
         shutil.rmtree(folder / f"stage-{stage}", ignore_errors=True)
     if number:
-        (folder / PLAN).unlink(missing_ok=True)
+        for name in (PLAN, REQUEST):
+            (folder / name).unlink(missing_ok=True)
     if number and folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 

@@ -32,7 +32,15 @@ if TYPE_CHECKING:
 
 
 class Tokenizer:
-    """A trained vocabulary and its conventions. Make one with `Tokenizer.load` or `train_tokenizer`."""
+    """A trained vocabulary and its conventions. Make one with `Tokenizer.load` or `train_tokenizer`.
+
+    Example:
+        >>> from lathe.text import train_tokenizer
+        >>> tokenizer = train_tokenizer(["to be or not to be"] * 9, 18, convention="bert")
+        >>> ids = tokenizer(["to be", "or"]).input_ids
+        >>> [tokenizer.pieces(row) for row in ids.tolist()]
+        [['[CLS]', 'to', 'be', '[SEP]'], ['[CLS]', 'or', '[SEP]', '[PAD]']]
+    """
 
     def __init__(self, files: Mapping[str, bytes], settings: Settings, engine: tokenizers.Tokenizer) -> None:
         self._files = dict(files)

@@ -41,7 +41,7 @@ _AT_ONCE_ELSEWHERE = 2**26  # few launches count for more
 
 
 class Distillation:
-    """A loss function for `train`: half the teacher's distribution, half the labels.
+    """A loss function for `train`: the teacher's distribution and the labels, half of each where nothing else is said.
 
     Args:
         teacher: a model with the student's vocabulary; it is used as it is (call `.eval()`), and not trained.

@@ -249,7 +249,7 @@ def _restore(stored: Stored, asked: Mapping[str, Any], batches: Resumable, run: 
 def _refuse_other(stored: Stored, asked: Mapping[str, Any]) -> None:
     """Raise `RequestError` where a run was asked something else."""
     record = stored.state["asked"]
-    difference = _difference(record, {key: asked[key] for key in asked if key in record or key not in _LATER})
+    difference = first_difference(record, {key: asked[key] for key in asked if key in record or key not in _LATER})
     if difference is not None:
         name, then, now = difference
         raise RequestError(
@@ -266,11 +266,11 @@ def _asked(model: Transformer, settings: TrainSettings, more: Mapping[str, Any])
     return plain
 
 
-def _difference(then: Any, now: Any, path: str = "") -> tuple[str, Any, Any] | None:
+def first_difference(then: Any, now: Any, path: str = "") -> tuple[str, Any, Any] | None:
     """The first place where two trees differ: its dotted name and both values."""
     if isinstance(then, dict) and isinstance(now, dict):
         for key in [*now, *(key for key in then if key not in now)]:
-            found = _difference(then.get(key), now.get(key), f"{path}.{key}" if path else key)
+            found = first_difference(then.get(key), now.get(key), f"{path}.{key}" if path else key)
             if found is not None:
                 return found
         return None
