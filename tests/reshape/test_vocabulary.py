@@ -155,6 +155,33 @@ def test_growth_keeps_every_logit_and_starts_new_pieces_from_means(name: str, tm
         same_in_stock(large, tmp_path)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_cut_leaves_room_for_new_words(name: str, tmp_path: Path) -> None:
+    source, words = model(name), ["훈민정음", "hippopotamus"]
+    assert source.tokenizer is not None
+    size = source.tokenizer.vocab_size - 40
+    small = lathe.resize(source, vocab_size=size, vocabulary=Vocabulary(LINES, words=words))
+    assert small.tokenizer is not None
+    assert small.architecture.embedding.vocab_size == small.tokenizer.vocab_size == size
+    assert all(len(small.tokenizer.encode(f"a {word}", add_special_tokens=False)) <= 3 for word in words)
+    alone = lathe.resize(source, vocab_size=size, vocabulary=LINES)
+    assert alone.tokenizer is not None
+    assert len(set(small.tokenizer.vocabulary) - set(alone.tokenizer.vocabulary)) >= 2
+    if name in ("bert", "llama"):
+        same_in_stock(small, tmp_path)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_least_size_with_new_words_is_said(name: str) -> None:
+    source, asked = model(name), Vocabulary(LINES, words=["훈민정음", "hippopotamus"])
+    assert source.tokenizer is not None
+    size = len(Pieces(source.tokenizer, settings_ids(source.generation)).required) + 1
+    with pytest.raises(RequestError, match=r"is too small: .*, the new words and .* take \d+; ask for that") as refused:
+        lathe.resize(source, vocab_size=size, vocabulary=asked)
+    least = int(str(refused.value).partition(" take ")[2].partition(";")[0])
+    assert lathe.resize(source, vocab_size=least, vocabulary=asked).architecture.embedding.vocab_size == least
+
+
 @pytest.mark.parametrize("name", ["t5", "bert", "llama"])
 def test_pieces_are_learnt_until_the_size_is_reached(name: str) -> None:
     source = model(name)
@@ -305,7 +332,7 @@ def test_generation_settings_keep_their_tokens() -> None:
         ({"vocabulary": Vocabulary(ids=[4]), "vocab_size": 300}, "ids says already which tokens to keep"),
         ({"vocabulary": []}, "the corpus is empty"),
         ({"vocabulary": Vocabulary()}, "asks for nothing"),
-        ({"vocab_size": 400, "vocabulary": Vocabulary(LINES, words=["hippo"])}, "cut it first, then add the words"),
+        ({"vocab_size": 400, "vocabulary": Vocabulary(LINES, words=["the"])}, "'the' is a piece of this tokenizer"),
     ],
 )
 def test_what_cannot_be_had_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -162,6 +162,10 @@ def settle(
     return settling.without_tokenizer() if tokenizer is None else settling.with_tokenizer(tokenizer)
 
 
+def _with_pieces(change: Rewritten, new: Sequence[str]) -> Rewritten:
+    return change.then(grow(change.tokenizer, new)) if new else change
+
+
 class _Settling:
     """What is known while a vocabulary is settled."""
 
@@ -194,10 +198,11 @@ class _Settling:
         if not is_cut and not is_grown:
             return self._same_tokens(tokenizer)
         change, use = unchanged(tokenizer), None
+        new = spelt(tokenizer, asked.words)
         if is_cut:
-            change, use = self._cut(tokenizer, room)
-        if asked.words:
-            change = change.then(grow(change.tokenizer, spelt(change.tokenizer, asked.words)))
+            change, use = self._cut(tokenizer, room, new)
+        elif new:
+            change = _with_pieces(change, new)
             if room is not None and len(change.rows) > room:
                 least = len(change.rows) + len(outside)
                 raise RequestError(
@@ -246,23 +251,34 @@ class _Settling:
         rows = [(number,) if number < self.before else () for number in range(size)]
         return self._renewed(rows, {number: number for number in kept}, tokenizer, None)
 
-    def _cut(self, tokenizer: Tokenizer, room: int | None) -> tuple[Rewritten, Mapping[int, int] | None]:
+    def _cut(
+        self, tokenizer: Tokenizer, room: int | None, new: Sequence[str]
+    ) -> tuple[Rewritten, Mapping[int, int] | None]:
+        """The pieces that stay, as many as there is room for beside the new; and how often the text uses each."""
         held = set(tokenizer.vocabulary.values())
         pieces = Pieces(tokenizer, self.keep & held)
-        if self.size is not None and room is not None and room < len(pieces.required):
-            raise RequestError(
-                f"vocab_size={self.size:,} is too small: special tokens, sentinels and what spells single bytes take "
-                f"{len(pieces.required) + self.size - room:,}; ask for that at least"
-            )
-        if self.asked.words and room is not None:
-            raise RequestError("new words and a smaller vocabulary at once: cut it first, then add the words")
+        self._require_room(pieces, room, 0)
         if self.asked.ids is not None:
             return cut_pieces(pieces, self.asked.ids), None
         if self.asked.corpus is not None:
             use: Use = use_of(tokenizer, self.asked.corpus)
         else:
             use = counted({n: c for n, c in self._counts(tokenizer).items() if n in held}, tokenizer)
-        return cut_pieces(pieces, pieces.most_used(use.counts, room)), use.counts
+        made, taken = _with_pieces(cut_pieces(pieces, pieces.most_used(use.counts, room)), new), 0
+        # The more is dropped, the more ids new pieces may take: what they are joined of is dropped as well.
+        while room is not None and (over := len(made.rows) - room) > 0:
+            taken += over
+            self._require_room(pieces, room, taken)
+            made = _with_pieces(cut_pieces(pieces, pieces.most_used(use.counts, room - taken)), new)
+        return made, use.counts
+
+    def _require_room(self, pieces: Pieces, room: int | None, taken: int) -> None:
+        """Refuse a size that does not hold what has to stay, and the new words."""
+        if self.size is None or room is None or room - taken >= len(pieces.required):
+            return
+        kept = f"special tokens, sentinels{', the new words' if taken else ''} and what spells single bytes"
+        least = len(pieces.required) + taken + self.size - room
+        raise RequestError(f"vocab_size={self.size:,} is too small: {kept} take {least:,}; ask for that at least")
 
     def _corpus(self) -> Corpus:
         if self.asked.corpus is None:
