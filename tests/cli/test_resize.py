@@ -131,6 +131,19 @@ def test_bits_a_byte_of_text_that_has_become_unknown_are_said_to_say_too_little(
         assert ("say too little where text is read as unknown" in card) == unknown
 
 
+def test_a_source_that_only_guesses_is_said_to(cli: Callable, here: Path):
+    model = lathe.load("gpt2")
+    with torch.no_grad():
+        model.get_parameter("embedding.tokens.weight").mul_(0.0)  # every token as likely as any other
+    model.save("level")
+    words = ["d_ff=20", "--calibrate", "text.txt", "--device", "cpu"]
+    ran = cli("resize", "level", "one", *words)
+    assert ran.code == 0, ran.err
+    said = "no better than that of a guess among 280 tokens"
+    assert said in ran.err
+    assert said in Path("one/README.md").read_text(encoding="utf-8")
+
+
 def test_a_recipe_makes_the_same_bytes_and_refuses_anything_else(cli: Callable, here: Path):
     words = ["d_model=12", "d_ff=40", "method=select", "refit=false", "calibrate.tokens=900", "seed=3"]
     assert cli("resize", "gpt2", "one", *words, "--calibrate", "text.txt", "--device", "cpu").code == 0

@@ -56,6 +56,7 @@ log = logging.getLogger("lathe")
 
 _MORE = 1.05  # a file may lack a few tensors, which are made
 _PARTS = 1000  # of a healing that is not counted in steps
+_NO_BETTER = 0.01  # nats
 _MANY_TIMES = 10  # that a text is read, and it is said
 
 
@@ -262,7 +263,7 @@ class Work:
     def _say_if_it_guesses(self, loss: float) -> None:
         """What a cut of a model costs on a text that tells it nothing is no measurement."""
         size = self.model.architecture.embedding.vocab_size
-        if self.model.architecture.head.language is not None and loss >= math.log(size):
+        if self.model.architecture.head.language is not None and loss > math.log(size) - _NO_BETTER:
             self.history.facts["guessing"] = (
                 f"the source's loss is no better than that of a guess among {size:,} tokens; is it asked what it was "
                 "trained on? objective= says the task, and calibrate.source=, calibrate.target= and calibrate.prefix= "

@@ -24,7 +24,7 @@ from lathe.train.run import first_difference
 
 REQUEST, PLAN = "request.json", "budget-plan.json"
 _REMEDY = "give the same again to go on, say another --run, or remove that folder"
-_RUNS = "stage-*"  # what healings leave in the same folder
+_RUNS = "stage-*/checkpoints/*"  # what healings leave in the same folder, once they are worth going on with
 # Of a request: where files lie, how it is carried out, and what comes after the sizes are found.
 _WITHOUT = ("source", "calibrate", "data", "heal", "stream")
 # Of a healing: where its text lies, and how it is carried out.
@@ -44,6 +44,8 @@ def require_same_request(job: Job, folder: Path) -> None:
         then = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
         return  # an older release's; the run itself says what it was asked
+    if not isinstance(then, dict):
+        return
     now = _request(job)
     if now["budget"] is not None:  # the sizes are found later
         then = {**then, "changes": now["changes"]}
