@@ -4,8 +4,7 @@
 set -eu
 . "$CONFIGS/parents.inc"
 for run in $(parents); do
-	noise=0 shares=0.05 new=
+	noise=0
 	test "$run" != t5 || noise=0.3 # it read its text three times
-	test "$run" != gpt2 || { shares=0.05,0.2 new=0.05; }
-	python "$CONFIGS/axes.py" "$run" --noise "$noise" --heal "$shares" --new "$new" --out "axes-$run"
+	python "$CONFIGS/axes.py" "$run" --noise "$noise" --heal 0.05,0.2 --new 0.05 --out "axes-$run"
 done
