@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ from lathe.train.run import first_difference
 REQUEST, PLAN = "request.json", "budget-plan.json"
 _REMEDY = "give the same again to go on, say another --run, or remove that folder"
 _RUNS = "stage-*/checkpoints/*"  # what healings leave in the same folder, once they are worth going on with
-# Of a request: where files lie, how it is carried out, and what comes after the sizes are found.
-_WITHOUT = ("source", "calibrate", "data", "heal", "stream")
+# Of a request: what is told without the place of its file, what a healing does not follow from, how it is carried out.
+_WITHOUT = ("source", "calibrate", "vocabulary", "heal", "data", "stream", "device")
 # Of a healing: where its text lies, and how it is carried out.
 _FREE = ("file", "save_every", "precision")
 
@@ -72,7 +73,7 @@ def _request(job: Job) -> dict[str, Any]:
     calibrate = {key: value for key, value in (request["calibrate"] or {}).items() if key != "file"}
     vocabulary = {key: value for key, value in (request["vocabulary"] or {}).items() if key != "file"}
     texts = {"calibrate": job.fitted, "vocabulary": job.used}
-    asked = {key: value for key, value in request.items() if key not in (*_WITHOUT, "device", "vocabulary")}
+    asked = {key: value for key, value in request.items() if key not in _WITHOUT}
     asked |= {"calibrate": calibrate, "vocabulary": vocabulary, "heal": healed, "source": job.source_sha256}
     asked["text"] = {name: None if documents is None else documents.digest for name, documents in texts.items()}
     plain: dict[str, Any] = json.loads(json.dumps(asked))
@@ -98,12 +99,10 @@ def kept_plan(job: Job, folder: Path) -> BudgetPlan | None:
     """
     folder = folder.expanduser()
     require_same_request(job, folder)
-    try:
+    with suppress(FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):  # none, or not a plan's
         held = json.loads((folder / PLAN).read_text(encoding="utf-8"))
         if held["asked"] == _asked(job):
             return BudgetPlan.from_dict(held["plan"])
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        pass
     if _is_begun(folder):
         raise RequestError(
             f"{folder} holds a healing whose sizes were found for another request: other sizes beside the budget, or "
@@ -123,16 +122,9 @@ def keep_plan(job: Job, plan: BudgetPlan, folder: Path) -> None:
 
 
 def _asked(job: Job) -> str:
-    """The SHA-256 of all that the sizes follow from, wherever the files lie by now."""
-    request: dict[str, Any] = {key: value for key, value in job.request.to_dict().items() if key not in _WITHOUT}
-    texts = {"fitted": job.fitted, "held": job.held}
-    asked = {
-        **request,
-        "source": job.source_sha256,
-        **{name: None if documents is None else documents.digest for name, documents in texts.items()},
-        **{
-            name: None if settings is None else {**settings.to_dict(), "file": ""}
-            for name, settings in (("calibrate", job.request.calibrate), ("data", job.request.data))
-        },
-    }
+    """The SHA-256 of all that the sizes follow from: the request without its healing, and what is measured on where."""
+    request, data = job.request, job.request.data
+    asked = {key: value for key, value in _request(job).items() if key != "heal"}
+    asked["data"] = None if data is None else {**data.to_dict(), "file": ""}
+    asked |= {"held": None if job.held is None else job.held.digest, "device": request.device}
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
