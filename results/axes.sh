@@ -8,3 +8,6 @@ for run in $(parents); do
 	test "$run" != t5 || noise=0.3 # it read its text three times
 	python "$CONFIGS/axes.py" "$run" --noise "$noise" --heal 0.05,0.2 --new 0.05 --out "axes-$run"
 done
+if test -e gpt2/checkpoints/last; then # sharing from the first step, for as long as the parent was trained
+	python "$CONFIGS/axes.py" gpt2 --heal "" --new 1 --only sharing=all --out axes-gpt2-whole
+fi
