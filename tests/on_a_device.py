@@ -24,23 +24,7 @@ pytestmark = pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this torch cannot make a device of Python alone",
 )
-WORDS = [
-    "a",
-    "lathe",
-    "turns",
-    "wood",
-    "metal",
-    "stone",
-    "to",
-    "the",
-    "size",
-    "that",
-    "was",
-    "asked",
-    "for",
-    "and",
-    "not",
-]
+TEXT = "a lathe turns wood metal stone to the size that was asked for and not"
 FAMILIES: dict[str, tuple[str, str | None, int]] = {
     "gpt2": ("gpt2", None, 280),
     "bert": ("bert-base-uncased", "masked", 40),
@@ -61,7 +45,7 @@ def pretence() -> Iterator[None]:
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     chance = random.Random(0)
     file = tmp_path_factory.mktemp("devices") / "text.txt"
-    file.write_text("\n".join(" ".join(chance.choices(WORDS, k=30)) for _ in range(60)), encoding="utf-8")
+    file.write_text("\n".join(" ".join(chance.choices(TEXT.split(), k=30)) for _ in range(60)), encoding="utf-8")
     return file
 
 
